@@ -1,0 +1,36 @@
+# Only the system's python3 and make are assumed; everything else is in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench format lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## Make .venv and install everything (at once when nothing changed)
+	@$(PYTHON) scripts/setup_env.py
+
+demo: setup ## Serve the small model and ask it one question under several budgets
+	@$(BIN)/python scripts/demo.py
+
+test: setup ## Lint, check types and run every test
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: setup ## Measure prefill side by side with stock vLLM
+	$(BIN)/python -m benchmarks.prefill
+
+format: setup ## Format the code and fix what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lint: setup ## Check lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## Remove .venv and all that was built
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

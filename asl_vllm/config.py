@@ -1,0 +1,129 @@
+"""The one configuration object of asl_vllm.
+
+`AslConfig` holds what ``--kv-policy``, ``--kv-budget`` and ``--kv-policy-config``
+say. It is frozen, depends on nothing but the standard library, and travels in
+vLLM's ``additional_config["asl_vllm"]`` as a plain dict, so it reaches every
+process and works offline as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+POLICY_NAMES: tuple[str, ...] = ("none", "asl", "snapkv")
+"""Values of ``--kv-policy``; ``none`` leaves vLLM as it is."""
+
+CONFIG_KEY = "asl_vllm"
+"""Key of vLLM's ``additional_config`` under which the config travels."""
+
+_REFERENCE_LAYERS = 32
+_REFERENCE_L_MIN = 10
+_REFERENCE_L_OBS = 8
+
+
+class ConfigError(ValueError):
+    """A bad option: the message says what, got, allowed, and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AslConfig:
+    """Options of a pruning policy.
+
+    Defaults are the reference settings of ASL (arXiv 2601.07667) for 32 layers;
+    ``l_min`` and ``l_obs`` scale with the model's depth unless given.
+    """
+
+    policy: str = "none"
+    """Server-wide policy, one of `POLICY_NAMES`."""
+    budget: int | float | None = None
+    """Default ``kv_budget`` of requests that name none; None prunes nothing."""
+    window: int = 32
+    """W: the last prompt tokens whose attention scores the others; always kept."""
+    pool_kernel: int = 7
+    """S: width of the average pooling over positions; odd."""
+    l_min: int | None = None
+    """First layer (0-based) checked for settled ranks; None: 10/32 of the depth."""
+    l_obs: int | None = None
+    """Layers whose ranks are compared; None: 8/32 of the depth, at least 2."""
+    tau: float = 0.3
+    """Selection layer: first one whose rank variance is below tau times the first's."""
+    selection_layer: int | None = None
+    """Fixes the selection layer (0-based) instead of the adaptive rule."""
+    max_prefill_tokens: int | None = None
+    """Longest prompt that can be pruned, which sizes the prefill's buffers;
+    None: ``max_model_len``."""
+    chunk_tokens: int | None = None
+    """Tokens a prefill pass sends through one layer at once; None:
+    ``max_num_batched_tokens``."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICY_NAMES:
+            raise ConfigError(
+                f"kv policy: got {self.policy!r}; allowed: {', '.join(POLICY_NAMES)}."
+            )
+        _check_int("window", self.window, 1, 64)
+        _check_int("pool_kernel", self.pool_kernel, 1, 63)
+        if self.pool_kernel % 2 == 0:
+            raise ConfigError(
+                f"pool_kernel: got {self.pool_kernel}; allowed: odd numbers, so that "
+                "pooling keeps a score per token."
+            )
+        for name, low in (
+            ("l_min", 0),
+            ("l_obs", 1),
+            ("selection_layer", 0),
+            ("max_prefill_tokens", 1),
+            ("chunk_tokens", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                _check_int(name, value, low, None)
+        tau = self.tau
+        if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not tau >= 0:
+            raise ConfigError(f"tau: got {tau!r}; allowed: a number of at least 0.")
+        if math.isinf(tau):
+            raise ConfigError("tau: got inf; allowed: a finite number.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether requests may be pruned at all."""
+        return self.policy != "none"
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> AslConfig:
+        """Builds a config from JSON-like options; unknown keys are rejected."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(
+                f"kv policy config: unknown key(s) {', '.join(unknown)}; allowed: "
+                f"{', '.join(sorted(known))}."
+            )
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a plain dict; the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    def resolved_l_min(self, num_layers: int) -> int:
+        """First checked layer for a model of ``num_layers``."""
+        if self.l_min is not None:
+            return self.l_min
+        return round(num_layers * _REFERENCE_L_MIN / _REFERENCE_LAYERS)
+
+    def resolved_l_obs(self, num_layers: int) -> int:
+        """Number of observed layers for a model of ``num_layers``."""
+        if self.l_obs is not None:
+            return self.l_obs
+        return max(2, round(num_layers * _REFERENCE_L_OBS / _REFERENCE_LAYERS))
+
+
+def _check_int(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}: got {value!r}; allowed: an integer.")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ConfigError(f"{name}: got {value}; allowed: {span}.")

@@ -1,0 +1,132 @@
+"""``--kv-policy``, ``--kv-budget`` and ``--kv-policy-config`` of the vllm command.
+
+Touch points: wraps ``EngineArgs.add_cli_args`` to declare the options and
+``EngineArgs.from_cli_args`` to carry them in ``additional_config``, where the
+offline `LLM(additional_config={"asl_vllm": {...}})` puts them too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+
+from asl_vllm.config import CONFIG_KEY, POLICY_NAMES, AslConfig, ConfigError
+from asl_vllm.engine.patching import wrap_method
+
+_DEFAULT = AslConfig()
+
+
+def parse_budget_option(text: str) -> int | float | None:
+    """Reads ``--kv-budget``: tokens, a share such as 0.25, or ``none``."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; allowed: a number of tokens, a share of the prompt in "
+            "(0, 1], or none"
+        ) from None
+
+
+def parse_config_option(text: str) -> dict[str, Any]:
+    """Reads ``--kv-policy-config``: a JSON object of `AslConfig` fields."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError("got no JSON object; pass {...}")
+    for key in ("policy", "budget"):
+        if key in options:
+            raise argparse.ArgumentTypeError(
+                f"{key!r} is not set here; use --kv-{key} instead"
+            )
+    try:
+        AslConfig.from_dict(options)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the options; defaults are read from `AslConfig`."""
+    group = parser.add_argument_group(
+        title="asl_vllm",
+        description="Pruning of a prompt's KV cache to a per-request budget.",
+    )
+    group.add_argument(
+        "--kv-policy",
+        choices=POLICY_NAMES,
+        default=_DEFAULT.policy,
+        help="How the tokens to keep are chosen for requests with a kv_budget; "
+        "none leaves vLLM as it is. (default: %(default)s)",
+    )
+    group.add_argument(
+        "--kv-budget",
+        type=parse_budget_option,
+        default=_DEFAULT.budget,
+        metavar="DEFAULT",
+        help="kv_budget of requests that name none: tokens kept per layer, or a "
+        "share of the prompt in (0, 1]. (default: no pruning)",
+    )
+    group.add_argument(
+        "--kv-policy-config",
+        type=parse_config_option,
+        default={},
+        metavar="JSON",
+        help="Options of the policy as a JSON object, such as "
+        '\'{"window": 32, "l_min": 10, "l_obs": 8, "tau": 0.3}\'.',
+    )
+
+
+def config_of_args(args: argparse.Namespace) -> AslConfig:
+    """The config that parsed options say.
+
+    Raises:
+        ConfigError: an option has no effect because no policy is on.
+    """
+    policy = getattr(args, "kv_policy", _DEFAULT.policy)
+    budget = getattr(args, "kv_budget", _DEFAULT.budget)
+    options = getattr(args, "kv_policy_config", {})
+    if policy == "none" and (budget is not None or options):
+        raise ConfigError(
+            "--kv-budget and --kv-policy-config have no effect without a policy; "
+            f"add --kv-policy ({', '.join(POLICY_NAMES[1:])})."
+        )
+    return AslConfig.from_dict({**options, "policy": policy, "budget": budget})
+
+
+def install() -> None:
+    """Wraps the two methods of ``EngineArgs``; idempotent."""
+
+    def wrap_add(original: Any) -> Any:
+        def add_cli_args(parser: Any) -> Any:
+            parser = original(parser)
+            add_options(parser)
+            return parser
+
+        return add_cli_args
+
+    def wrap_from(original: Any) -> Any:
+        def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> Any:
+            engine_args = original(cls, args)
+            config = config_of_args(args)
+            if config.enabled:
+                engine_args.additional_config = {
+                    **engine_args.additional_config,
+                    CONFIG_KEY: config.to_dict(),
+                }
+            return engine_args
+
+        return from_cli_args
+
+    wrap_method(EngineArgs, "add_cli_args", ("parser",), wrap_add)
+    wrap_method(EngineArgs, "from_cli_args", ("cls", "args"), wrap_from)

@@ -1,0 +1,136 @@
+"""Combinations that a pruning server refuses at start-up, with reason and remedy.
+
+Each row is a row of docs/limits.md too, with what it would take to lift it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import vllm.envs as envs
+from vllm.config import VllmConfig
+
+from asl_vllm.config import AslConfig, ConfigError
+from asl_vllm.selection.budget import BudgetError, minimum_budget, validate_budget
+
+SUPPORTED_ARCHITECTURES: frozenset[str] = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    }
+)
+"""Decoders whose layers are called as (positions, hidden states, residual)."""
+
+
+class UnsupportedError(ValueError):
+    """This combination does not work with a KV policy: what, got, remedy."""
+
+    def __init__(self, needed: str, got: str, remedy: str) -> None:
+        super().__init__(
+            f"--kv-policy needs {needed}; got {got}. Remedy: {remedy}, or start "
+            "with --kv-policy none."
+        )
+
+
+def check(vllm_config: VllmConfig, config: AslConfig) -> None:
+    """Raises for the first thing in the way of pruning.
+
+    Raises:
+        UnsupportedError: a feature of vLLM that cannot be combined with a policy.
+        ConfigError: an option that does not fit the model.
+    """
+    for needed, got, remedy in _obstacles(vllm_config):
+        raise UnsupportedError(needed, got, remedy)
+    _check_options(vllm_config, config)
+
+
+def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
+    yield from _model_obstacles(vllm_config)
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            "all layers on each rank",
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
+            "use --tensor-parallel-size instead",
+        )
+    if parallel.decode_context_parallel_size > 1:
+        yield (
+            "whole sequences on each rank",
+            f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
+            "leave it at 1",
+        )
+    if parallel.prefill_context_parallel_size > 1:
+        yield (
+            "whole sequences on each rank",
+            f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
+            "leave it at 1",
+        )
+    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+        yield (
+            "ranks that need not run the same passes",
+            "--enable-expert-parallel across data-parallel ranks",
+            "drop --enable-expert-parallel or data parallelism",
+        )
+    if parallel.use_ubatching:
+        yield ("one batch a step", "dual-batch overlap", "drop --enable-dbo")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        yield (
+            "speculation that reads no hidden states or KV cache of its own",
+            f"speculative decoding by {speculative.method!r}",
+            'use {"method": "ngram"} or drop --speculative-config',
+        )
+    if vllm_config.lora_config is not None:
+        yield ("one set of weights", "--enable-lora", "drop it or merge the adapter")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        yield (
+            "the Python API server, which validates kv_budget",
+            "VLLM_USE_RUST_FRONTEND=1",
+            "unset it",
+        )
+
+
+def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
+    model = vllm_config.model_config
+    remedy = "choose another model"
+    if model.runner_type != "generate":
+        yield ("a generative model", f"runner {model.runner_type!r}", remedy)
+    if model.is_encoder_decoder:
+        yield ("a decoder-only model", "an encoder-decoder model", remedy)
+    if model.supports_multimodal_inputs:
+        yield ("text prompts", "a multimodal model", remedy)
+    if model.use_mla:
+        yield ("ordinary KV heads", "multi-head latent attention (MLA)", remedy)
+    if model.is_hybrid or model.is_attention_free or model.has_inner_state:
+        yield ("attention in every layer", "state-space layers", remedy)
+    types = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    odd = sorted(types - {"full_attention", "attention"})
+    if model.get_sliding_window() is not None or odd:
+        got = ", ".join(odd) or "sliding-window attention"
+        yield ("full attention in every layer", got, remedy)
+    if not SUPPORTED_ARCHITECTURES & set(model.architectures):
+        yield (
+            f"one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}",
+            ", ".join(model.architectures),
+            remedy,
+        )
+
+
+def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
+    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    for name, layer in (
+        ("selection_layer", config.selection_layer),
+        ("l_min", config.resolved_l_min(num_layers)),
+    ):
+        if layer is not None and layer >= num_layers:
+            raise ConfigError(
+                f"{name}: got {layer}; allowed: 0 to {num_layers - 1} for this model "
+                f"of {num_layers} layers."
+            )
+    minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)
+    try:
+        validate_budget(config.budget, minimum=minimum)
+    except BudgetError as error:
+        raise ConfigError(f"--kv-budget: {error}") from None

@@ -1,0 +1,86 @@
+"""Turning an engine into a pruning one, when its arguments name a policy.
+
+Touch point: wraps ``EngineArgs.create_engine_config``, the one place through which
+``vllm serve``, `LLM` and `AsyncLLM` all pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.settings import config_of_additional
+
+CONNECTOR_MODULE = "asl_vllm.engine.connector"
+CONNECTOR_NAME = "AslConnector"
+
+
+def connector_config() -> KVTransferConfig:
+    """The ``kv_transfer_config`` that installs our connector.
+
+    The role is kv_producer because our loads run on the engine's own stream, in
+    order with its steps; as a consumer vLLM would hold freed blocks back for loads
+    that are not. A failed load fails its request instead of being retried unpruned.
+    """
+    return KVTransferConfig(
+        kv_connector=CONNECTOR_NAME,
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_producer",
+        kv_load_failure_policy="fail",
+    )
+
+
+def _take_connector(engine_args: EngineArgs) -> None:
+    from asl_vllm.engine.compat import UnsupportedError
+
+    existing = engine_args.kv_transfer_config
+    if existing is None:
+        engine_args.kv_transfer_config = connector_config()
+    elif existing.kv_connector_module_path != CONNECTOR_MODULE:
+        raise UnsupportedError(
+            "the engine's one KV connector",
+            f"--kv-transfer-config with {existing.kv_connector!r}",
+            "drop --kv-transfer-config",
+        )
+
+
+def _take_worker(vllm_config: VllmConfig) -> None:
+    from asl_vllm.engine.compat import UnsupportedError
+    from asl_vllm.engine.worker import WORKERS
+
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls in WORKERS.values():
+        return
+    if parallel.worker_cls not in WORKERS:
+        raise UnsupportedError(
+            "vLLM's CPU or GPU worker",
+            f"worker class {parallel.worker_cls!r}",
+            "drop --worker-cls, or run on an NVIDIA GPU or a CPU",
+        )
+    parallel.worker_cls = WORKERS[parallel.worker_cls]
+
+
+def install() -> None:
+    """Wraps ``EngineArgs.create_engine_config``; idempotent."""
+
+    def wrap(original: Any) -> Any:
+        def create_engine_config(
+            self: EngineArgs, *args: Any, **kwargs: Any
+        ) -> VllmConfig:
+            config = config_of_additional(self.additional_config)
+            if not config.enabled:
+                return original(self, *args, **kwargs)
+            from asl_vllm.engine import compat
+
+            _take_connector(self)
+            vllm_config = original(self, *args, **kwargs)
+            compat.check(vllm_config, config)
+            _take_worker(vllm_config)
+            return vllm_config
+
+        return create_engine_config
+
+    wrap_method(EngineArgs, "create_engine_config", ("self", "usage_context"), wrap)

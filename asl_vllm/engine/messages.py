@@ -1,0 +1,41 @@
+"""What the connector's two halves tell each other each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from asl_vllm.prefill import PrefillJob, PrefillReport
+
+
+@dataclass
+class StepOrders(KVConnectorMetadata):
+    """Scheduler to workers: new jobs and the token-layers this step may spend."""
+
+    jobs: list[PrefillJob] = field(default_factory=list)
+    token_layers: int = 0
+
+
+@dataclass
+class StepReports(KVConnectorWorkerMetadata):
+    """Workers to scheduler: reports of the prefills that ended, by request id."""
+
+    reports: dict[str, PrefillReport] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
+        """Joins the ranks' reports; all must have chosen the same layer."""
+        assert isinstance(other, StepReports)
+        joined = dict(self.reports)
+        for request_id, report in other.reports.items():
+            mine = joined.get(request_id, report)
+            assert mine.selection_layer == report.selection_layer, (
+                f"ranks disagree on the selection layer of {request_id}: "
+                f"{mine.selection_layer} and {report.selection_layer}"
+            )
+            seconds = max(mine.seconds, report.seconds)
+            joined[request_id] = replace(mine, seconds=seconds)
+        return StepReports(joined)

@@ -1,0 +1,54 @@
+"""From a request's ``kv_budget`` to what will be kept of its prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+
+from asl_vllm.config import AslConfig
+from asl_vllm.selection.budget import resolve_kept
+
+BUDGET_FIELD = "kv_budget"
+"""Name of the request field, of the ``extra_args`` and of the ``vllm_xargs`` key."""
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What a request asked for and what that means for its prompt."""
+
+    policy: str
+    budget: int | float
+    num_prompt_tokens: int
+    kept_tokens: int
+
+    @property
+    def pruned_tokens(self) -> int:
+        """Tokens a layer drops; a multiple of the block size, 0 = stock vLLM."""
+        return self.num_prompt_tokens - self.kept_tokens
+
+
+def asked_budget(params: SamplingParams | None) -> Any:
+    """The raw ``kv_budget`` of a request's ``extra_args``; None where absent."""
+    extra_args = getattr(params, "extra_args", None) or {}
+    return extra_args.get(BUDGET_FIELD)
+
+
+def plan_request(
+    config: AslConfig, asked: Any, num_prompt_tokens: int, block_size: int
+) -> PrunePlan | None:
+    """The plan of a request, None when neither it nor the server names a budget.
+
+    ``asked`` must be valid (`asl_vllm.selection.budget.validate_budget`).
+    """
+    budget = config.budget if asked is None else asked
+    if not config.enabled or budget is None:
+        return None
+    kept = resolve_kept(
+        budget,
+        num_prompt_tokens=num_prompt_tokens,
+        block_size=block_size,
+        window=config.window,
+    )
+    return PrunePlan(config.policy, budget, num_prompt_tokens, kept)

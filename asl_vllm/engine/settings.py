@@ -1,0 +1,40 @@
+"""Reading asl_vllm's configuration out of vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from asl_vllm.config import CONFIG_KEY, AslConfig
+
+
+def config_of_additional(additional_config: Any) -> AslConfig:
+    """The `AslConfig` inside ``additional_config``; the default where there is none.
+
+    Raises:
+        ConfigError: the options are wrong.
+    """
+    if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+        return AslConfig()
+    options = additional_config[CONFIG_KEY]
+    return options if isinstance(options, AslConfig) else AslConfig.from_dict(options)
+
+
+def config_of(vllm_config: VllmConfig) -> AslConfig:
+    """The `AslConfig` that travels with a `VllmConfig`."""
+    return config_of_additional(vllm_config.additional_config)
+
+
+def prefill_capacity(vllm_config: VllmConfig) -> int:
+    """Tokens of the longest prompt that can be pruned."""
+    limit: int = vllm_config.model_config.max_model_len
+    asked = config_of(vllm_config).max_prefill_tokens
+    return limit if asked is None else min(asked, limit)
+
+
+def chunk_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of one prefill pass."""
+    asked = config_of(vllm_config).chunk_tokens
+    default: int = vllm_config.scheduler_config.max_num_batched_tokens
+    return asked or default

@@ -1,0 +1,123 @@
+"""vLLM's workers with the memory and the model of pruned prefills.
+
+Touch points: ``parallel_config.worker_cls`` names one of these subclasses;
+`load_model` reserves the memory before vLLM sizes the KV pool and
+`initialize_from_config` hands a `PrefillQueue` to the connector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.logger import init_logger
+from vllm.utils.mem_utils import format_gib
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
+
+from asl_vllm.engine import attention, settings
+from asl_vllm.engine.blocks import PrunedAttentionSpec
+from asl_vllm.engine.compat import UnsupportedError
+from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.model import VllmDecoder, shape_of
+from asl_vllm.engine.scratch import ScratchPages
+from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
+
+logger = init_logger(__name__)
+
+WORKERS: dict[str, str] = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": f"{__name__}.AslCpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": f"{__name__}.AslGpuWorker",
+}
+"""vLLM's worker class -> the subclass that takes its place."""
+
+
+class PrefillWorkerMixin:
+    """Reserves prefill memory after loading and builds the prefill queue."""
+
+    vllm_config: Any
+    device: Any
+    model_runner: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        attention.install()
+        super().__init__(*args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model, then takes the memory of one prompt's prefill."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._prefill_spec = self._one_spec()
+        capacity = settings.prefill_capacity(self.vllm_config)
+        config = settings.config_of(self.vllm_config)
+        model = self.model_runner.get_model()
+        self._prefill_shape = shape_of(model, self.vllm_config, self.device)
+        self._buffers = PrefillBuffers(self._prefill_shape, capacity, config.window)
+        self._scratch = ScratchPages(self._prefill_spec, capacity, self.device)
+        total = self._buffers.num_bytes + self._scratch.num_bytes
+        logger.info(
+            "asl_vllm: policy %s; prefill memory for prompts of up to %d tokens: "
+            "%s GiB (%d bytes a token), outside the KV pool",
+            config.policy,
+            capacity,
+            format_gib(total),
+            total // capacity,
+        )
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Makes the KV pool, then the queue of pruned prefills over it."""
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        cache_config = self.vllm_config.cache_config
+        self._scratch.lay_out(
+            cache_config.get_resolved_kv_cache_layout(), self._prefill_spec.block_size
+        )
+        decoder = VllmDecoder(
+            self.model_runner.get_model(),
+            self.vllm_config,
+            self._prefill_spec,
+            self._prefill_shape,
+            self._scratch,
+        )
+
+        factory = PrefillFactory(
+            decoder,
+            self._buffers,
+            settings.config_of(self.vllm_config),
+            settings.chunk_tokens(self.vllm_config),
+        )
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, AslConnector)
+        connector.bind_prefill_queue(PrefillQueue(factory))
+
+    def _one_spec(self) -> AttentionSpec:
+        """The spec that all layers share; refuses models whose layers differ."""
+        specs = self.model_runner.get_kv_cache_spec()
+        distinct = set(specs.values())
+        odd = sorted(
+            {type(spec).__name__ for spec in distinct} - {PrunedAttentionSpec.__name__}
+        )
+        if odd or len(distinct) != 1:
+            raise UnsupportedError(
+                "every layer being full attention of one shape on a backend of "
+                f"{', '.join(attention.WRAPPED_BACKENDS)}",
+                f"layers of {', '.join(odd) or f'{len(distinct)} shapes'}",
+                "pass --attention-backend with one of these, or --kv-policy none",
+            )
+        (spec,) = distinct
+        assert isinstance(spec, AttentionSpec)
+        return spec
+
+
+def __getattr__(name: str) -> type:
+    # Built on first use: importing the GPU worker on a CPU build costs time and
+    # the reverse fails.
+    if name == "AslCpuWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        worker: type = type(name, (PrefillWorkerMixin, CPUWorker), {})
+    elif name == "AslGpuWorker":
+        from vllm.v1.worker.gpu_worker import Worker
+
+        worker = type(name, (PrefillWorkerMixin, Worker), {})
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = worker
+    return worker

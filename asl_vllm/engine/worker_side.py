@@ -1,0 +1,56 @@
+"""The connector's half in the workers: runs passes, reports what ended."""
+
+from __future__ import annotations
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorTransferResults,
+)
+
+from asl_vllm.engine.messages import StepOrders, StepReports
+from asl_vllm.prefill import PrefillQueue, PrefillReport
+
+
+class WorkerSide:
+    """Drives a `PrefillQueue`; each job is reported exactly once.
+
+    A job that was aborted is reported as done too: only then does the scheduler
+    take its blocks back.
+    """
+
+    queue: PrefillQueue | None = None
+
+    def __init__(self) -> None:
+        self._done: set[str] = set()
+        self._failed: set[str] = set()
+        self._reports: dict[str, PrefillReport] = {}
+
+    def run(self, orders: StepOrders) -> None:
+        """Takes this step's new jobs and runs its passes."""
+        assert self.queue is not None
+        for job in orders.jobs:
+            self.queue.add(job)
+        if not len(self.queue):
+            return
+        for outcome in self.queue.step(orders.token_layers):
+            self._done.add(outcome.request_id)
+            if outcome.report is None:
+                self._failed.add(outcome.request_id)
+            else:
+                self._reports[outcome.request_id] = outcome.report
+
+    def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
+        """What ended since the last call, jobs of finished requests included."""
+        assert self.queue is not None
+        for request_id in finished_request_ids:
+            if self.queue.abort(request_id):
+                self._done.add(request_id)
+        results = KVConnectorTransferResults(
+            finished_recving=self._done, failed_recving=self._failed
+        )
+        self._done, self._failed = set(), set()
+        return results
+
+    def take_reports(self) -> StepReports | None:
+        """Reports of the prefills that ended since the last call."""
+        reports, self._reports = self._reports, {}
+        return StepReports(reports) if reports else None

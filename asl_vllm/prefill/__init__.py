@@ -1,0 +1,28 @@
+"""Layer-major prefill of pruned prompts.
+
+A prompt goes through the model layer by layer, in chunks inside each layer, so
+that the tokens kept of a layer are known before the next one starts. The package
+imports no serving engine: it drives a `DecoderModel` that the engine provides.
+"""
+
+from asl_vllm.prefill.buffers import PrefillBuffers
+from asl_vllm.prefill.factory import PrefillFactory
+from asl_vllm.prefill.job import PrefillJob, PrefillReport
+from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.passes import Prefill
+from asl_vllm.prefill.queue import PrefillOutcome, PrefillQueue
+from asl_vllm.prefill.shape import ModelShape
+from asl_vllm.prefill.tap import LayerTap
+
+__all__ = [
+    "DecoderModel",
+    "LayerTap",
+    "ModelShape",
+    "Prefill",
+    "PrefillBuffers",
+    "PrefillFactory",
+    "PrefillJob",
+    "PrefillOutcome",
+    "PrefillQueue",
+    "PrefillReport",
+]

@@ -1,0 +1,43 @@
+"""Makes the `Prefill` of a job from what a worker owns."""
+
+from __future__ import annotations
+
+from asl_vllm.config import AslConfig
+from asl_vllm.prefill.buffers import PrefillBuffers
+from asl_vllm.prefill.job import PrefillJob
+from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.passes import Prefill
+from asl_vllm.selection.policies import make_policy
+
+
+class PrefillFactory:
+    """Holds the model and the buffers; lends both to one `Prefill` after another."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        buffers: PrefillBuffers,
+        config: AslConfig,
+        chunk_tokens: int,
+    ) -> None:
+        self.model = model
+        self.buffers = buffers
+        self.config = config
+        self.chunk_tokens = chunk_tokens
+
+    def __call__(self, job: PrefillJob) -> Prefill:
+        """A prefill of ``job``, not yet begun."""
+        policy = make_policy(
+            job.policy,
+            self.config,
+            num_layers=self.model.shape.num_layers,
+            kept_tokens=job.kept_tokens,
+        )
+        return Prefill(
+            job,
+            self.model,
+            policy,
+            self.buffers,
+            pool_kernel=self.config.pool_kernel,
+            chunk_tokens=self.chunk_tokens,
+        )

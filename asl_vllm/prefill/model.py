@@ -1,0 +1,55 @@
+"""The small interface through which a prefill drives a model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from asl_vllm.prefill.shape import ModelShape
+from asl_vllm.prefill.tap import LayerTap
+
+
+class DecoderModel(Protocol):
+    """A decoder whose layers can be called one at a time.
+
+    The caller owns all tensors it passes; implementations keep no reference to
+    them after a call returns.
+    """
+
+    shape: ModelShape
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [n] -> hidden states [n, hidden_size]."""
+        ...
+
+    def run_layer(
+        self,
+        layer: int,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        start: int,
+        tap: LayerTap,
+    ) -> None:
+        """Sends rows ``[start, start + n)`` of a sequence through one layer.
+
+        ``positions`` [n] are the tokens' original positions and ``hidden`` [n, E]
+        their states, replaced in place by the layer's output. Attention sees the
+        rows ``[0, start + n)`` of this layer; earlier rows were run before, in
+        order. The tap receives the chunk's queries, keys and values.
+        """
+        ...
+
+    def write_kept(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Writes kept rows [n, Hkv, D] of a layer to the slots [n] of the KV pool."""
+        ...
+
+    def attention_scale(self, layer: int) -> float:
+        """The factor on q k^T of a layer, usually 1/sqrt(head_dim)."""
+        ...
+
+    def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:
+        """Sums a [T] score over the tensor-parallel ranks; the same on each."""
+        ...

@@ -1,0 +1,46 @@
+"""Collects what one attention layer sees while a prompt's chunks pass it."""
+
+from __future__ import annotations
+
+import torch
+
+from asl_vllm.prefill.buffers import PrefillBuffers
+
+
+class LayerTap:
+    """Copies a layer's keys, values and window queries into `PrefillBuffers`.
+
+    Row r of the buffers is row r of the sequence in this layer (an index into the
+    tokens that entered the layer, not a position). The engine calls `on_kv` and
+    `on_query` from its attention layer, in either order, once a chunk.
+    """
+
+    def __init__(self, buffers: PrefillBuffers) -> None:
+        self._buffers = buffers
+        self._num_rows = 0
+        self._start = 0
+        self._end = 0
+
+    def start_layer(self, num_rows: int) -> None:
+        """A layer begins that ``num_rows`` tokens will pass."""
+        self._num_rows = num_rows
+
+    def start_chunk(self, start: int, end: int) -> None:
+        """Rows ``[start, end)`` pass next."""
+        self._start, self._end = start, end
+
+    def on_kv(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes the chunk's keys [n, Hkv, D] and values [n, Hkv, Dv]."""
+        n = self._end - self._start
+        self._buffers.keys[self._start : self._end].copy_(key[:n])
+        self._buffers.values[self._start : self._end].copy_(value[:n])
+
+    def on_query(self, query: torch.Tensor) -> None:
+        """Takes the chunk's queries [n, H, D]; keeps those of the window."""
+        window = self._buffers.window_queries
+        first = self._num_rows - window.shape[0]
+        begin = max(self._start, first)
+        if begin >= self._end:
+            return
+        n = self._end - self._start
+        window[begin - first : self._end - first].copy_(query[begin - self._start : n])

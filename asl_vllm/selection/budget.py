@@ -1,0 +1,96 @@
+"""Budgets: what a request may ask for, and how many tokens that keeps."""
+
+from __future__ import annotations
+
+import math
+
+
+class BudgetError(ValueError):
+    """A bad ``kv_budget``: the message says what, got, allowed, and the remedy."""
+
+
+def minimum_budget(window: int, block_size: int) -> int:
+    """Smallest budget in tokens: the window, and a block that alignment may take."""
+    return window + block_size
+
+
+def validate_budget(value: object, *, minimum: int) -> int | float | None:
+    """Returns ``value`` if it is a budget.
+
+    Args:
+        value: None; an int of at least ``minimum`` tokens per layer; or a float in
+            (0, 1], a share of the prompt.
+        minimum: Tokens, as `minimum_budget` gives it.
+
+    Raises:
+        BudgetError: Anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value >= minimum:
+            return value
+        if value == 1:
+            hint = "1 is one token; for the whole prompt send null"
+        elif value > 0:
+            hint = f"raise it to {minimum} or more"
+        else:
+            hint = "send a positive number, or null to leave it out"
+        raise _error(value, minimum, hint)
+    if isinstance(value, float):
+        if 0.0 < value <= 1.0:
+            return value
+        if value > 1.0 and value.is_integer():
+            hint = f"for tokens send an integer, {int(value)}"
+        else:
+            hint = "for tokens send an integer, for a share at most 1.0"
+        raise _error(value, minimum, hint)
+    raise _error(value, minimum, "send a JSON number or null")
+
+
+def resolve_kept(
+    budget: int | float | None, *, num_prompt_tokens: int, block_size: int, window: int
+) -> int:
+    """Tokens k that each layer keeps of a prompt of N, the window included.
+
+    N when nothing is to be pruned; otherwise the largest k <= budget for which N - k
+    is whole blocks, so that the freed blocks are whole. A pruned k is above
+    ``window``. A share is of N, rounded down, and at least the minimum budget.
+
+    Args:
+        budget: As `validate_budget` accepts it.
+        num_prompt_tokens: N.
+        block_size: Tokens a KV block.
+        window: W, tokens that are always kept.
+
+    Raises:
+        BudgetError: A budget that `validate_budget` refuses.
+    """
+    minimum = minimum_budget(window, block_size)
+    validate_budget(budget, minimum=minimum)
+    if budget is None:
+        return num_prompt_tokens
+    if isinstance(budget, float):
+        budget = max(minimum, math.floor(budget * num_prompt_tokens))
+    if budget >= num_prompt_tokens:
+        return num_prompt_tokens
+    pruned_blocks = -(-(num_prompt_tokens - budget) // block_size)
+    kept = num_prompt_tokens - pruned_blocks * block_size
+    assert window < kept <= budget
+    return kept
+
+
+def _error(value: object, minimum: int, hint: str) -> BudgetError:
+    return BudgetError(
+        f"kv_budget: got {_shown(value)}; allowed: an integer of at least {minimum} "
+        "tokens per layer (observation window + KV block size), a float above 0 and "
+        f"up to 1.0 (a share of the prompt), or null; {hint}."
+    )
+
+
+def _shown(value: object, longest: int = 80) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits.
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= longest else text[:longest] + "..."

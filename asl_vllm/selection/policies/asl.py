@@ -1,0 +1,47 @@
+"""ASL: selects at the first layer whose ranks have settled."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from asl_vllm.config import AslConfig
+from asl_vllm.selection.policies.base import LayerDecision, Policy
+from asl_vllm.selection.settling import RankHistory
+
+
+class AslPolicy(Policy):
+    """Adaptive layer selection (arXiv 2601.07667, section 3).
+
+    The selection layer is the first whose rank variance falls below ``tau`` times
+    the first checked layer's, or ``selection_layer`` where the config fixes it.
+    """
+
+    def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
+        """See `Policy`."""
+        super().__init__(config, num_layers=num_layers, kept_tokens=kept_tokens)
+        self._history = RankHistory(
+            l_min=config.resolved_l_min(num_layers),
+            l_obs=config.resolved_l_obs(num_layers),
+            top=kept_tokens - config.window,
+        )
+
+    def decide(
+        self, layer: int, layer_score: Tensor, head_scores: Tensor
+    ) -> LayerDecision:
+        """See `Policy.decide`."""
+        fixed = self.config.selection_layer
+        ratio = None
+        if fixed is None:
+            observed = self._history.observe(layer, layer_score)
+            variance = self._read(layer, layer_score, head_scores, observed)
+            if variance is not None:
+                ratio = self._history.ratio(variance)
+            selects = ratio is not None and ratio < self.config.tau
+        else:
+            self._read(layer, layer_score, head_scores)
+            selects = layer == fixed
+        return LayerDecision(
+            kept=self._kept(head_scores),
+            propagated=self._propagated(layer_score) if selects else None,
+            ratio=ratio,
+        )

@@ -1,0 +1,99 @@
+"""Replays a policy on recorded queries and keys, without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from asl_kernels.rank_variance import descending_ranks
+from asl_kernels.window_scores import window_scores
+from asl_vllm.config import AslConfig
+from asl_vllm.selection.policies import make_policy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReplayResult:
+    """What the rule did to a prompt, layer by layer, up to the selection layer."""
+
+    ranks: Tensor
+    """int64 ``[n, N - W]``: row l holds layer l's ranks; 1 is the highest score."""
+    ratios: tuple[float, ...]
+    """Relative rank variance of each checked layer, from ``l_min`` on."""
+    selection_layer: int | None
+    """0-based; None: no layer triggered."""
+    kept: tuple[Tensor, ...]
+    """Per layer int64 ``[Hkv, k]``: the tokens each KV head keeps, ascending."""
+    propagated: Tensor | None
+    """int64 ``[k]``: the tokens the layers after the selection see, ascending."""
+
+
+def replay(
+    window_queries: Tensor,
+    keys: Tensor,
+    config: AslConfig,
+    *,
+    budget: int,
+    num_layers: int | None = None,
+) -> ReplayResult:
+    """Applies ``config.policy`` to a prompt's queries and keys.
+
+    Stops at the selection layer, since deeper keys would be those of fewer tokens.
+
+    Args:
+        window_queries: ``[L, H, W, D]`` of the last W tokens, rotary applied.
+        keys: ``[L, Hkv, N, D]`` of all N tokens, rotary applied.
+        config: The options; ``window`` is W.
+        budget: k, tokens kept per layer, taken exactly (no block alignment);
+            W + 1 to N.
+        num_layers: The model's depth where not all its layers are given.
+
+    Raises:
+        ConfigError: ``config.policy`` prunes nothing.
+        SelectionError: Scores are not finite.
+        ValueError: Shapes or a budget that do not fit.
+    """
+    if window_queries.ndim != 4 or keys.ndim != 4:
+        raise ValueError(
+            f"window_queries, keys: got shapes {tuple(window_queries.shape)}, "
+            f"{tuple(keys.shape)}; wanted [L, H, W, D] and [L, Hkv, N, D]."
+        )
+    given, _, window, dim = window_queries.shape
+    if keys.shape[0] != given or given == 0:
+        raise ValueError(
+            f"window_queries, keys: got {given} and {keys.shape[0]} layers; wanted "
+            "as many, at least one."
+        )
+    if window != config.window:
+        raise ValueError(
+            f"window_queries: got W = {window}; the config's window is {config.window}."
+        )
+    policy = make_policy(
+        config.policy, config, num_layers=num_layers or given, kept_tokens=budget
+    )
+    ranks: list[Tensor] = []
+    ratios: list[float] = []
+    kept: list[Tensor] = []
+    for layer in range(given):
+        head_scores = window_scores(
+            window_queries[layer].transpose(0, 1),
+            keys[layer].transpose(0, 1),
+            scale=dim**-0.5,
+            pool_kernel=config.pool_kernel,
+        )
+        layer_score = head_scores.sum(dim=0)
+        decision = policy.decide(layer, layer_score, head_scores)
+        ranks.append(descending_ranks(layer_score))
+        kept.append(decision.kept)
+        if decision.ratio is not None:
+            ratios.append(decision.ratio)
+        if decision.propagated is not None:
+            return ReplayResult(
+                torch.stack(ranks),
+                tuple(ratios),
+                layer,
+                tuple(kept),
+                decision.propagated,
+            )
+    return ReplayResult(torch.stack(ranks), tuple(ratios), None, tuple(kept), None)

@@ -1,0 +1,1 @@
+"""Measurements beside stock vLLM; never run by the tests."""

@@ -1,0 +1,154 @@
+"""Window scores against a naive double-precision loop, and its closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from asl_kernels.window_scores import window_scores
+from torch import Tensor
+
+# Against the truth on the rounded inputs (all arithmetic is fp32), and against the
+# truth on the inputs before rounding; relative to the largest score.
+TOLERANCES = {
+    torch.float32: (3e-6, 3e-6),
+    torch.float16: (3e-6, 5e-3),
+    torch.bfloat16: (3e-6, 4e-2),
+}
+
+
+def naive(q: Tensor, k: Tensor, scale: float, pool_kernel: int) -> Tensor:
+    window, heads, _ = q.shape
+    tokens, kv_heads, _ = k.shape
+    prefix = tokens - window
+    scores = torch.zeros(kv_heads, prefix, dtype=torch.float64)
+    for head in range(heads):
+        keys = k[:, head * kv_heads // heads].double()
+        mass = torch.zeros(prefix, dtype=torch.float64)
+        for row in range(window):
+            logits = keys[: prefix + row + 1] @ q[row, head].double() * scale
+            mass += logits.softmax(0)[:prefix]
+        reach = pool_kernel // 2
+        for token in range(prefix):
+            near = mass[max(0, token - reach) : token + reach + 1]
+            scores[head * kv_heads // heads, token] += near.sum() / pool_kernel
+    return scores
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "heads", "kv_heads", "dim", "pool_kernel"),
+    [
+        (9, 8, 4, 2, 16, 7),  # M = W + 1: one score
+        (2, 1, 1, 1, 16, 1),
+        (2, 1, 2, 1, 256, 63),
+        (10, 8, 16, 1, 16, 7),  # GQA 16; prefix narrower than the pooling
+        (64, 32, 8, 8, 64, 7),  # GQA 1
+        (65, 32, 8, 2, 80, 7),
+        (131, 64, 6, 2, 128, 5),
+        (257, 33, 5, 5, 256, 3),
+        (200, 7, 12, 4, 96, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_matches_naive(
+    tokens: int,
+    window: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    pool_kernel: int,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    q = torch.randn(window, heads, dim, generator=generator)
+    k = torch.randn(tokens, kv_heads, dim, generator=generator)
+    scale = dim**-0.5
+    got = window_scores(q.to(dtype), k.to(dtype), scale=scale, pool_kernel=pool_kernel)
+    assert got.shape == (kv_heads, tokens - window)
+    assert got.dtype == torch.float32
+    rounded, unrounded = TOLERANCES[dtype]
+    assert error(got, naive(q.to(dtype), k.to(dtype), scale, pool_kernel)) < rounded
+    assert error(got, naive(q, k, scale, pool_kernel)) < unrounded
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_strided_keys_score_the_same(dtype: torch.dtype) -> None:
+    q = torch.randn(8, 3, 4, 64)[:, 1].to(dtype)
+    packed = torch.randn(100, 2, 2, 64).to(dtype)  # K and V of a head side by side
+    strided = packed[:, :, 0]
+    by_head = packed[:, :, 0].transpose(0, 1).contiguous().transpose(0, 1)
+    want = window_scores(q, strided.contiguous(), scale=0.125, pool_kernel=7)
+    for k in (strided, by_head):
+        assert not k.is_contiguous()
+        torch.testing.assert_close(
+            window_scores(q, k, scale=0.125, pool_kernel=7), want, rtol=2e-6, atol=0
+        )
+
+
+def test_equal_keys_get_equal_shares() -> None:
+    window, heads, prefix = 4, 6, 12
+    q = torch.randn(window, heads, 16)
+    k = torch.ones(prefix + window, 2, 16)
+    share = sum(1 / (prefix + row + 1) for row in range(window)) * heads / 2
+    got = window_scores(q, k, scale=1.0, pool_kernel=1)
+    torch.testing.assert_close(got, torch.full((2, prefix), share))
+
+
+def test_padding_is_counted() -> None:
+    q, k = torch.randn(4, 2, 16), torch.ones(24, 1, 16)
+    flat = window_scores(q, k, scale=1.0, pool_kernel=1)[0, 0]
+    pooled = window_scores(q, k, scale=1.0, pool_kernel=5)[0]
+    shares = torch.full((20,), 1.0)
+    shares[0] = shares[-1] = 3 / 5
+    shares[1] = shares[-2] = 4 / 5
+    torch.testing.assert_close(pooled, shares * flat)
+
+
+def test_large_logits_stay_finite() -> None:
+    q, k = torch.full((4, 2, 16), 1e4), torch.randn(20, 2, 16) * 1e4
+    assert window_scores(q, k, scale=0.25, pool_kernel=3).isfinite().all()
+
+
+def test_arguments_are_left_alone() -> None:
+    q, k = torch.randn(4, 2, 16), torch.randn(20, 2, 16)
+    before = q.clone(), k.clone()
+    window_scores(q, k, scale=0.25, pool_kernel=3)
+    assert torch.equal(q, before[0])
+    assert torch.equal(k, before[1])
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "pool_kernel", "message"),
+    [
+        ((4, 2), (9, 2, 16), 7, r"q: got shape \(4, 2\); wanted \[W, H, D\]"),
+        ((4, 2, 16), (9, 2, 8), 7, r"k: got shape \(9, 2, 8\); wanted .*any, any, 16"),
+        ((4, 2, 16), (4, 2, 16), 7, r"got M = 4 tokens; wanted more than W = 4"),
+        ((4, 3, 16), (9, 2, 16), 7, r"q: got H = 3; wanted a multiple of Hkv = 2"),
+        ((4, 2, 16), (9, 0, 16), 7, r"no size may be 0"),
+        ((0, 2, 16), (9, 2, 16), 7, r"no size may be 0"),
+        ((4, 2, 16), (9, 2, 16), 6, r"pool_kernel: got 6; allowed: odd"),
+        ((4, 2, 16), (9, 2, 16), -1, r"pool_kernel: got -1"),
+    ],
+)
+def test_bad_arguments(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], pool_kernel: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        window_scores(
+            torch.ones(q_shape), torch.ones(k_shape), scale=1.0, pool_kernel=pool_kernel
+        )
+
+
+def test_bad_dtype_stride_and_device() -> None:
+    q, k = torch.ones(4, 2, 16), torch.ones(9, 2, 16)
+    with pytest.raises(ValueError, match=r"k: got torch\.float64; allowed: torch\.flo"):
+        window_scores(q, k.double(), scale=1.0, pool_kernel=7)
+    with pytest.raises(ValueError, match=r"q: got torch\.int64"):
+        window_scores(q.long(), k, scale=1.0, pool_kernel=7)
+    with pytest.raises(ValueError, match=r"k: the last dimension has stride 9"):
+        window_scores(q, torch.ones(2, 16, 9).permute(2, 0, 1), scale=1, pool_kernel=7)
+    with pytest.raises(ValueError, match=r"k: on meta, the other arguments on cpu"):
+        window_scores(q, k.to("meta"), scale=1.0, pool_kernel=7)

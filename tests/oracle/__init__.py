@@ -1,0 +1,20 @@
+"""The truth the end-to-end tests compare with: plain PyTorch in fp32.
+
+Nothing here imports vLLM, asl_vllm or asl_kernels, so that a fault in one of them
+cannot hide in both sides of a comparison.
+"""
+
+from tests.oracle.asl import OracleResult, generate
+from tests.oracle.model import TinyDecoder
+from tests.oracle.models import write_random_model
+from tests.oracle.tasks import Prompt, key_value, needle
+
+__all__ = [
+    "OracleResult",
+    "Prompt",
+    "TinyDecoder",
+    "generate",
+    "key_value",
+    "needle",
+    "write_random_model",
+]
