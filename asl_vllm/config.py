@@ -45,9 +45,10 @@ class AslConfig:
     pool_kernel: int = 7
     """S: width of the average pooling over positions; odd."""
     l_min: int | None = None
-    """First layer (0-based) checked for settled ranks; None: 10/32 of the depth."""
+    """First layer (0-based) checked for settled ranks, at least 1, so that there is
+    a layer to compare with; None: 10/32 of the depth."""
     l_obs: int | None = None
-    """Layers whose ranks are compared; None: 8/32 of the depth, at least 2."""
+    """Layers whose ranks are compared, at least 2; None: 8/32 of the depth."""
     tau: float = 0.3
     """Selection layer: first one whose rank variance is below tau times the first's."""
     selection_layer: int | None = None
@@ -72,8 +73,8 @@ class AslConfig:
                 "pooling keeps a score per token."
             )
         for name, low in (
-            ("l_min", 0),
-            ("l_obs", 1),
+            ("l_min", 1),
+            ("l_obs", 2),
             ("selection_layer", 0),
             ("max_prefill_tokens", 1),
             ("chunk_tokens", 1),
@@ -112,7 +113,7 @@ class AslConfig:
         """First checked layer for a model of ``num_layers``."""
         if self.l_min is not None:
             return self.l_min
-        return round(num_layers * _REFERENCE_L_MIN / _REFERENCE_LAYERS)
+        return max(1, round(num_layers * _REFERENCE_L_MIN / _REFERENCE_LAYERS))
 
     def resolved_l_obs(self, num_layers: int) -> int:
         """Number of observed layers for a model of ``num_layers``."""

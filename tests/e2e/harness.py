@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# In-process engine core; no network; no pinning to cores that others use too.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.distributed.kv_transfer import get_kv_transfer_group  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 TINY_MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever"
 BLOCK = 32
@@ -97,3 +90,80 @@ def engine(
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+class Running:
+    """One request that a test steps by hand."""
+
+    def __init__(self, host: Engine, request_id: str) -> None:
+        self._host = host
+        self.external_id = request_id
+        matches = [r for r in host.scheduler.requests if r.startswith(request_id)]
+        (self.request_id,) = matches
+        self.output: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return self.output is not None and self.output.finished
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.output.outputs[0].token_ids) if self.output else 0
+
+    @property
+    def held_blocks(self) -> int:
+        return self._host.held_blocks(self.request_id)
+
+
+def add(
+    host: Engine,
+    request_id: str,
+    prompt: Sequence[int],
+    *,
+    budget: Any = None,
+    max_tokens: int = 8,
+) -> Running:
+    """Adds a greedy request that ignores end-of-text; `step` runs it."""
+    extra = {} if budget is None else {"extra_args": {"kv_budget": budget}}
+    params = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, **extra
+    )
+    host.llm.llm_engine.add_request(
+        request_id, {"prompt_token_ids": list(prompt)}, params
+    )
+    return Running(host, request_id)
+
+
+def step(host: Engine, *requests: Running) -> None:
+    """One engine step; each request's ``output`` becomes its newest."""
+    for output in host.llm.llm_engine.step():
+        for request in requests:
+            if output.request_id == request.external_id:
+                request.output = output
+
+
+def run_to_end(host: Engine, *requests: Running, limit: int = 3000) -> None:
+    """Steps until all have finished; a stuck request fails the test."""
+    for _ in range(limit):
+        if all(request.finished for request in requests):
+            return
+        step(host, *requests)
+    raise AssertionError(f"stuck after {limit} steps")
+
+
+def drain(host: Engine, limit: int = 200) -> None:
+    """Steps until the engine has nothing left to do, aborted requests included."""
+    for _ in range(limit):
+        if not host.scheduler.has_requests():
+            return
+        host.llm.llm_engine.step()
+    raise AssertionError(f"engine still busy after {limit} steps")
+
+
+def assert_pool_whole(host: Engine) -> None:
+    """Every block free again, and each of them once."""
+    assert host.free_blocks == host.start_free
+    free = [b.block_id for b in host.pool.free_block_queue.get_all_free_blocks()]
+    assert len(free) == len(set(free)) == host.start_free
+    assert all(b.ref_cnt == 0 for b in host.pool.blocks if not b.is_null)
+    assert not host.scheduler.requests

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asl_kernels.block_table_view import block_table_view, leading_null_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from asl_kernels.block_table_view import block_table_view, leading_null_blocks
 
 POISON = -77
 
@@ -16,9 +17,9 @@ def table(rows: list[list[int]], columns: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), columns)
 
 
-def view(block_table: Tensor, seq_lens: list[int], block_size: int) -> tuple[
-    list[list[int]], list[int]
-]:
+def view(
+    block_table: Tensor, seq_lens: list[int], block_size: int
+) -> tuple[list[list[int]], list[int]]:
     out_table = torch.full_like(block_table, POISON)
     out_lens = torch.full((len(seq_lens),), POISON, dtype=torch.int32)
     lens = torch.tensor(seq_lens, dtype=torch.int32)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asl_kernels.gather_kept import gather_kept, gather_tokens
 from torch import Tensor
+
+from asl_kernels.gather_kept import gather_kept, gather_tokens
 
 
 def random_kept(kv_heads: int, tokens: int, count: int) -> Tensor:

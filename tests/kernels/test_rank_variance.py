@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asl_kernels.rank_variance import descending_ranks, rank_variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from asl_kernels.rank_variance import descending_ranks, rank_variance
 
 few_values = st.lists(st.sampled_from([-1.0, 0.0, 0.25, 3.0]), min_size=1, max_size=40)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asl_kernels.window_scores import window_scores
 from torch import Tensor
+
+from asl_kernels.window_scores import window_scores
 
 # Against the truth on the rounded inputs (all arithmetic is fp32), and against the
 # truth on the inputs before rounding; relative to the largest score.

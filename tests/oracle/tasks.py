@@ -4,6 +4,8 @@ A prompt has exactly as many tokens as asked for, BOS included. Its text leaves 
 out, because the tokenizer adds it.
 """
 
+# ruff: noqa: SIM905 (word lists read better as text)
+
 import random
 import string
 from collections.abc import Callable, Sequence

@@ -71,7 +71,7 @@ def block_table_view(
         ("out_table", block_table, out_table),
         ("out_lens", seq_lens, out_lens),
     ):
-        if buffer.is_set_to(source):
+        if buffer is source:
             raise ValueError(f"{name}: is its own source; pass a separate buffer.")
     if block_size < 1:
         raise ValueError(f"block_size: got {block_size}; allowed: at least 1.")

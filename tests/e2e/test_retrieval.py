@@ -1,0 +1,73 @@
+"""The shipped model still finds its needles with a twentieth of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from asl_vllm.selection.policies import POLICIES, LayerDecision
+from tests.e2e.harness import Engine, engine
+from tests.oracle.tasks import Prompt, key_value, needle
+
+NUM_TOKENS, BUDGET, COUNT = 2048, 96, 12
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Engine]:
+    policy = {"policy": "asl", "window": 8, "selection_layer": 4}
+    with engine(policy=policy, dtype="bfloat16") as started:
+        yield started
+
+
+def questions() -> list[Prompt]:
+    tasks = (needle, key_value)
+    return [task(1000 + i, NUM_TOKENS) for task in tasks for i in range(COUNT)]
+
+
+def right(host: Engine, budget: int | None) -> tuple[list[bool], list[Any]]:
+    asked = questions()
+    outputs = host.generate([q.token_ids for q in asked], budget=budget, max_tokens=4)
+    marks = [
+        list(o.outputs[0].token_ids)[: len(q.answer_ids)] == list(q.answer_ids)
+        for o, q in zip(outputs, asked, strict=True)
+    ]
+    return marks, outputs
+
+
+def test_answers_as_with_full_attention(shipped: Engine) -> None:
+    full, _ = right(shipped, None)
+    pruned, outputs = right(shipped, BUDGET)
+    assert sum(full) >= 2 * COUNT - 1
+    # bf16: a tie may fall either way once.
+    assert sum(a != b for a, b in zip(full, pruned, strict=True)) <= 1
+    for output in outputs:
+        assert output.kv_transfer_params["selection_layer"] == 4
+        assert output.kv_transfer_params["kept_tokens"] == BUDGET
+        assert output.kv_transfer_params["freed_blocks"] == 61
+
+
+def test_random_tokens_answer_nothing(
+    shipped: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: as many tokens, but random ones."""
+    generator = torch.Generator().manual_seed(0)
+    base = POLICIES["asl"]
+
+    class Random(base):  # type: ignore[valid-type,misc]
+        def decide(
+            self, layer: int, layer_score: Tensor, head_scores: Tensor
+        ) -> LayerDecision:
+            return super().decide(
+                layer,
+                torch.rand(layer_score.shape, generator=generator),
+                torch.rand(head_scores.shape, generator=generator),
+            )
+
+    monkeypatch.setitem(POLICIES, "asl", Random)
+    marks, outputs = right(shipped, BUDGET)
+    assert outputs[0].kv_transfer_params["kept_tokens"] == BUDGET
+    assert sum(marks) <= 2

@@ -1,0 +1,95 @@
+"""Kept tokens: the highest scores, later ones first among equals, and the window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asl_kernels.rank_variance import descending_ranks
+from asl_vllm.selection.kept import kept_per_head, propagated_tokens, top_tokens
+
+
+def naive_top(scores: list[float], count: int) -> list[int]:
+    best_first = sorted(range(len(scores)), key=lambda i: (-scores[i], -i))
+    return sorted(best_first[:count])
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[list[list[float]], int]:
+    tokens = draw(st.integers(1, 30))
+    value = st.sampled_from([-1.0, 0.0, 0.5, 0.5000001, 9.0])
+    line = st.lists(value, min_size=tokens, max_size=tokens)
+    return draw(st.lists(line, min_size=1, max_size=4)), draw(st.integers(1, tokens))
+
+
+@settings(max_examples=150, deadline=None)
+@given(scored())
+def test_top_tokens_match_sorting(case: tuple[list[list[float]], int]) -> None:
+    scores, count = case
+    got = top_tokens(torch.tensor(scores), count)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [naive_top(row, count) for row in scores]
+    assert top_tokens(torch.tensor(scores[0]), count).tolist() == got[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_top_tokens_are_the_best_ranked(dtype: torch.dtype) -> None:
+    scores = torch.randn(5000).to(dtype)  # bf16: many ties
+    ranks = descending_ranks(scores)
+    for count in (1, 77, 4999, 5000):
+        kept = top_tokens(scores, count)
+        assert torch.equal(kept, (ranks <= count).nonzero().squeeze(1))
+
+
+def test_kept_score_no_lower_than_dropped() -> None:
+    scores = torch.randn(3, 2, 400)
+    kept = top_tokens(scores, 100)
+    stays = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, kept, True)
+    assert (stays.sum(-1) == 100).all()
+    worst = scores.masked_fill(~stays, torch.inf).amin(-1)
+    best_dropped = scores.masked_fill(stays, -torch.inf).amax(-1)
+    assert (worst >= best_dropped).all()
+
+
+def test_ties_favour_the_later_token() -> None:
+    assert top_tokens(torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0]), 3).tolist() == [1, 2, 3]
+    assert top_tokens(torch.zeros(9), 2).tolist() == [7, 8]
+
+
+def test_heads_keep_their_own_tokens_and_the_window() -> None:
+    head_scores = torch.tensor([[5.0, 1.0, 4.0, 0.0], [0.0, 6.0, 1.0, 1.0]])
+    kept = kept_per_head(head_scores, kept=5, window=3)
+    assert kept.tolist() == [[0, 2, 4, 5, 6], [1, 3, 4, 5, 6]]
+    propagated = propagated_tokens(head_scores.sum(0), kept=4, window=3)
+    assert propagated.tolist() == [1, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("prefix", "window"), [(1, 1), (1, 64), (100, 8)])
+def test_every_token_may_be_kept(prefix: int, window: int) -> None:
+    everything = torch.arange(prefix + window)
+    kept = kept_per_head(torch.randn(3, prefix), prefix + window, window)
+    assert torch.equal(kept, everything.expand(3, -1))
+    got = propagated_tokens(torch.randn(prefix), prefix + window, window)
+    assert torch.equal(got, everything)
+
+
+def test_no_result_is_read_by_the_host() -> None:
+    # Meta tensors have no data: reading any, or a shape that depends on it, raises.
+    scores = torch.empty(4, 90, device="meta")
+    assert kept_per_head(scores, 40, 8).shape == (4, 40)
+    assert propagated_tokens(scores[0], 40, 8).shape == (40,)
+
+
+def test_bad_arguments() -> None:
+    scores = torch.ones(2, 10)
+    for count in (0, -1, 11):
+        with pytest.raises(ValueError, match=rf"count: got {count}; allowed: 1 to 10"):
+            top_tokens(scores, count)
+    for kept in (8, 19):
+        message = rf"kept: got {kept}; allowed: 9 to 18 tokens \(window 8\)"
+        with pytest.raises(ValueError, match=message):
+            kept_per_head(scores, kept, window=8)
+        with pytest.raises(ValueError, match=message):
+            propagated_tokens(scores[0], kept, window=8)

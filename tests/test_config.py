@@ -1,0 +1,112 @@
+"""The configuration object: defaults, scaling with depth, refusals, round trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+from asl_vllm.config import CONFIG_KEY, POLICY_NAMES, AslConfig, ConfigError
+
+
+def test_defaults_are_the_reference_settings() -> None:
+    config = AslConfig()
+    assert config.policy == "none"
+    assert config.budget is None
+    assert (config.window, config.pool_kernel, config.tau) == (32, 7, 0.3)
+    assert (config.resolved_l_min(32), config.resolved_l_obs(32)) == (10, 8)
+    assert config.selection_layer is None
+
+
+def test_enabled_unless_none() -> None:
+    assert not AslConfig().enabled
+    assert all(AslConfig(policy=p).enabled for p in POLICY_NAMES if p != "none")
+
+
+@pytest.mark.parametrize(
+    ("layers", "l_min", "l_obs"),
+    [
+        (1, 1, 2),
+        (4, 1, 2),
+        (8, 2, 2),
+        (16, 5, 4),
+        (28, 9, 7),
+        (32, 10, 8),
+        (80, 25, 20),
+    ],
+)
+def test_layers_scale_with_depth(layers: int, l_min: int, l_obs: int) -> None:
+    config = AslConfig()
+    assert config.resolved_l_min(layers) == l_min
+    assert config.resolved_l_obs(layers) == l_obs
+
+
+def test_given_layers_do_not_scale() -> None:
+    config = AslConfig(l_min=1, l_obs=2)
+    assert config.resolved_l_min(32) == 1
+    assert config.resolved_l_obs(32) == 2
+
+
+def test_frozen_and_keyword_only() -> None:
+    config = AslConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.window = 8  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        AslConfig("asl")  # type: ignore[misc]
+
+
+def test_round_trip_through_json() -> None:
+    config = AslConfig(policy="asl", budget=0.25, window=16, l_min=3, tau=0, l_obs=2)
+    travelled = json.loads(json.dumps({CONFIG_KEY: config.to_dict()}))[CONFIG_KEY]
+    assert AslConfig.from_dict(travelled) == config
+
+
+def test_unknown_keys_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key\(s\) a, windw; allowed: .*tau"):
+        AslConfig.from_dict({"windw": 8, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "h2o"}, "kv policy: got 'h2o'; allowed: none, asl, snapkv"),
+        ({"policy": None}, "kv policy: got None"),
+        ({"window": 0}, "window: got 0; allowed: 1 to 64"),
+        ({"window": 65}, "window: got 65; allowed: 1 to 64"),
+        ({"window": True}, "window: got True; allowed: an integer"),
+        ({"window": 8.0}, "window: got 8.0; allowed: an integer"),
+        ({"pool_kernel": 6}, "pool_kernel: got 6; allowed: odd"),
+        ({"pool_kernel": 65}, "pool_kernel: got 65; allowed: 1 to 63"),
+        ({"l_min": 0}, "l_min: got 0; allowed: at least 1"),
+        ({"l_obs": 1}, "l_obs: got 1; allowed: at least 2"),
+        ({"selection_layer": -1}, "selection_layer: got -1; allowed: at least 0"),
+        ({"selection_layer": "9"}, "selection_layer: got '9'; allowed: an integer"),
+        ({"max_prefill_tokens": 0}, "max_prefill_tokens: got 0; allowed: at least 1"),
+        ({"chunk_tokens": 0}, "chunk_tokens: got 0; allowed: at least 1"),
+        ({"tau": -0.1}, "tau: got -0.1; allowed: a number of at least 0"),
+        ({"tau": True}, "tau: got True; allowed: a number"),
+        ({"tau": "1"}, "tau: got '1'; allowed: a number"),
+        ({"tau": float("nan")}, "tau: got nan; allowed: a number"),
+        ({"tau": float("inf")}, "tau: got inf; allowed: a finite number"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        AslConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 64},
+        {"pool_kernel": 1},
+        {"pool_kernel": 63},
+        {"tau": 0},
+    ],
+)
+def test_limits_are_allowed(options: dict[str, Any]) -> None:
+    assert AslConfig(**options).to_dict().items() >= options.items()

@@ -1,0 +1,148 @@
+"""The layers of the code: who may import whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "asl_vllm": ROOT,
+    "asl_kernels": ROOT / "kernels",
+    "asl_server": ROOT / "server",
+}
+# Low to high; a package may import those before it, never those after it. The
+# modules of asl_vllm itself (config, _version) lie below selection, for all to use.
+LEVELS = (
+    "asl_kernels",
+    "asl_vllm",
+    "asl_vllm.selection",
+    "asl_vllm.prefill",
+    "asl_vllm.engine",
+    "asl_vllm.plugin",
+    "asl_server",
+)
+VLLM_USERS = {"asl_vllm.engine", "asl_vllm.plugin", "asl_server"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted((folder / package).rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found[name] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Every module that the source imports anywhere, in functions too."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                above = parts[: len(parts) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # A name may be a module: `from asl_vllm import engine`.
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported(module: str) -> set[str]:
+    path = MODULES[module]
+    is_package = path.name == "__init__.py"
+    return set(imports_of(path.read_text(encoding="utf-8"), module, is_package))
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def level(module: str) -> int:
+    return max(i for i, package in enumerate(LEVELS) if within(module, package))
+
+
+def top_levels(module: str) -> set[str]:
+    return {name.partition(".")[0] for name in imported(module)}
+
+
+def test_the_sources_are_found() -> None:
+    assert {"asl_vllm.config", "asl_vllm.selection.budget"} <= MODULES.keys()
+    assert "asl_kernels.window_scores" in MODULES
+
+
+def test_imports_are_read() -> None:
+    source = """
+import a.b
+from c import d
+def function():
+    from . import e
+    from ..f import g
+    from .. import h
+"""
+    assert set(imports_of(source, "p.q.r", is_package=False)) == {
+        *("a.b", "c", "c.d", "p.q", "p.q.e", "p.f", "p.f.g", "p", "p.h")
+    }
+    assert "p.q.r.e" in set(imports_of(source, "p.q.r", is_package=True))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_imported_from_above(module: str) -> None:
+    for name in imported(module):
+        if name.partition(".")[0] in FOLDERS:
+            assert level(name) <= level(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_engine_and_the_server_know_vllm(module: str) -> None:
+    if "vllm" in top_levels(module):
+        assert any(within(module, package) for package in VLLM_USERS)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if within(m, "asl_kernels")])
+def test_kernels_import_torch_only(module: str) -> None:
+    others = top_levels(module) - sys.stdlib_module_names - {"asl_kernels"}
+    assert others <= {"torch", "triton"}
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if within(m, "asl_vllm.selection")]
+)
+def test_selection_imports_torch_and_kernels_only(module: str) -> None:
+    others = top_levels(module) - sys.stdlib_module_names
+    assert others <= {"torch", "asl_kernels", "asl_vllm"}
+
+
+def test_config_imports_the_standard_library_only() -> None:
+    assert top_levels("asl_vllm.config") <= sys.stdlib_module_names
+
+
+def test_the_source_folders_are_no_packages() -> None:
+    # A module named `kernels` would shadow a package that transformers looks for.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "server" / "__init__.py").exists()
+
+
+def test_importing_does_not_load_vllm() -> None:
+    code = (
+        "import sys, asl_vllm; assert 'torch' not in sys.modules\n"
+        "import asl_vllm.selection\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'vllm', 'transformers'}, loaded\n"
+    )
+    path = [str(ROOT), *(str(ROOT / name) for name in ("kernels", "server"))]
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], check=True
+    )

