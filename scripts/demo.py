@@ -415,7 +415,7 @@ def main() -> int:
     url = f"http://127.0.0.1:{port}"
     command = serve_command(port)
     env = serve_environment(os.environ, is_cpu_build())
-    print("Starting a server:", " ".join(command[1:3]), "--kv-policy asl", flush=True)
+    print(f"Starting: vllm serve {MODEL.name} --kv-policy asl ...", flush=True)
     try:
         with Server(command, env, url) as server:
             try:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from asl_vllm.engine import request
 from asl_vllm.engine.patching import wrap_method
 from asl_vllm.engine.settings import config_of_additional
 
@@ -71,14 +72,15 @@ def install() -> None:
             self: EngineArgs, *args: Any, **kwargs: Any
         ) -> VllmConfig:
             config = config_of_additional(self.additional_config)
-            if not config.enabled:
-                return original(self, *args, **kwargs)
-            from asl_vllm.engine import compat
-
-            _take_connector(self)
+            if config.enabled:
+                _take_connector(self)
             vllm_config = original(self, *args, **kwargs)
-            compat.check(vllm_config, config)
-            _take_worker(vllm_config)
+            if config.enabled:
+                from asl_vllm.engine import compat
+
+                compat.check(vllm_config, config)
+                _take_worker(vllm_config)
+            request.serve(vllm_config)
             return vllm_config
 
         return create_engine_config

@@ -38,6 +38,19 @@ _FIELD_SCHEMA: dict[str, Any] = {
 }
 
 
+_served: VllmConfig | None = None
+
+
+def serve(vllm_config: VllmConfig) -> None:
+    """Tells the HTTP request models which engine this process serves.
+
+    With it a bad ``kv_budget`` is refused before a streamed reply has begun, when
+    the status can still be 400.
+    """
+    global _served
+    _served = vllm_config
+
+
 def refuse(message: str, value: Any) -> VLLMValidationError:
     """A 400 that names ``kv_budget``."""
     return VLLMValidationError(message, parameter=BUDGET_FIELD, value=value)
@@ -85,6 +98,7 @@ def check_request(
     num_prompt_tokens = len(prompt if prompt is not None else request.prompt_embeds)
     asked = asked_budget(params)
     plan = plan_request(config, asked, num_prompt_tokens, block_size)
+    _cap_budget(vllm_config, params)
     pruned = plan.pruned_tokens if plan else 0
     if plan and pruned:
         _check_prunable(vllm_config, request, plan)
@@ -92,6 +106,14 @@ def check_request(
         # would make the scheduler ignore connectors.
         params.skip_reading_prefix_cache = False
     _check_fits(vllm_config, config, params, num_prompt_tokens, pruned)
+
+
+def _cap_budget(vllm_config: VllmConfig, params: SamplingParams) -> None:
+    """Bounds a budget beyond any prompt, so that it fits vLLM's messages."""
+    asked = asked_budget(params)
+    limit = vllm_config.model_config.max_model_len
+    if isinstance(asked, int) and asked > limit:
+        params.extra_args = {**(params.extra_args or {}), BUDGET_FIELD: limit}
 
 
 def _check_prunable(
@@ -195,6 +217,9 @@ def _add_field(model: type) -> None:
             budget = getattr(self, BUDGET_FIELD)
             if budget is not None:
                 params.extra_args = {**(params.extra_args or {}), BUDGET_FIELD: budget}
+                if _served is not None:
+                    config = settings.config_of(_served)
+                    check_budget(config, _served.cache_config.block_size, params)
             return params
 
         return to_sampling_params

@@ -31,7 +31,7 @@ def validate_budget(value: object, *, minimum: int) -> int | float | None:
         if value >= minimum:
             return value
         if value == 1:
-            hint = "1 is one token; for the whole prompt send null"
+            hint = "1 is one token; for the whole prompt send 1.0"
         elif value > 0:
             hint = f"raise it to {minimum} or more"
         else:

@@ -13,13 +13,13 @@ from asl_vllm.selection.policies import POLICIES, LayerDecision
 from tests.e2e.harness import Engine, engine
 from tests.oracle.tasks import Prompt, key_value, needle
 
-NUM_TOKENS, BUDGET, COUNT = 2048, 96, 12
+NUM_TOKENS, BUDGET, COUNT = 2048, 96, 10
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Iterator[Engine]:
     policy = {"policy": "asl", "window": 8, "selection_layer": 4}
-    with engine(policy=policy, dtype="bfloat16") as started:
+    with engine(policy=policy, dtype="float32") as started:
         yield started
 
 
@@ -42,8 +42,7 @@ def test_answers_as_with_full_attention(shipped: Engine) -> None:
     full, _ = right(shipped, None)
     pruned, outputs = right(shipped, BUDGET)
     assert sum(full) >= 2 * COUNT - 1
-    # bf16: a tie may fall either way once.
-    assert sum(a != b for a, b in zip(full, pruned, strict=True)) <= 1
+    assert pruned == full
     for output in outputs:
         assert output.kv_transfer_params["selection_layer"] == 4
         assert output.kv_transfer_params["kept_tokens"] == BUDGET

@@ -36,7 +36,7 @@ def test_good_values_pass_unchanged(value: int | float | None) -> None:
     [
         (0, "send a positive number, or null"),
         (-5, "send a positive number, or null"),
-        (1, "1 is one token; for the whole prompt send null"),
+        (1, "1 is one token; for the whole prompt send 1.0"),
         (47, "raise it to 48 or more"),
         (0.0, "for a share at most 1.0"),
         (-0.0, "for a share at most 1.0"),

@@ -1,0 +1,210 @@
+"""The HTTP surface of a real server, with and without a policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.server import MODEL_NAME, Server, serve
+from tests.oracle.tasks import needle
+
+CONFIG = {"window": 8, "selection_layer": 4}
+BAD = [0, -1, 1.5, True, "x", [1], {"tokens": 64}, 1, 39, 64.0, "NaN"]
+QUESTION = needle(7, 600)
+
+
+@pytest.fixture(scope="module")
+def pruning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    options = ("--kv-policy", "asl", "--kv-policy-config", json.dumps(CONFIG))
+    with serve(log, *options) as server:
+        yield server
+
+
+def body(path: str) -> dict[str, Any]:
+    if path.endswith("chat/completions"):
+        return {"messages": [{"role": "user", "content": QUESTION.text}]}
+    return {"prompt": QUESTION.text}
+
+
+def send(server: Server, path: str, budget: Any, **more: Any) -> httpx.Response:
+    """Posts a request; the string "NaN" stands for the bare JSON token."""
+    request = {"model": MODEL_NAME, **body(path), "kv_budget": budget, **more}
+    text = json.dumps({"temperature": 0, "max_tokens": 4, **request})
+    return server.http.post(
+        path,
+        content=text.replace('"NaN"', "NaN"),
+        headers={"content-type": "application/json"},
+    )
+
+
+def assert_refused(response: httpx.Response, words: str) -> None:
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "kv_budget"
+    assert error["code"] == 400
+    assert error["type"] == "BadRequestError"
+    assert words in error["message"]
+
+
+def len_of_repr(budget: Any) -> str:
+    return repr(budget) if len(repr(budget)) < 10 else "huge"
+
+
+PATHS = ["/v1/completions", "/v1/chat/completions"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("budget", BAD, ids=str)
+def test_bad_budgets_are_refused(
+    pruning: Server, path: str, stream: bool, budget: Any
+) -> None:
+    response = send(pruning, path, budget, stream=stream)
+    assert_refused(response, "allowed: an integer of at least 40 tokens per layer")
+    shown = "nan" if budget == "NaN" else repr(budget)
+    assert f"kv_budget: got {shown}" in response.json()["error"]["message"]
+
+
+def test_bad_budgets_in_vllm_xargs_are_refused(pruning: Server) -> None:
+    response = pruning.post(
+        "/v1/completions", **body("/v1/completions"), vllm_xargs={"kv_budget": 3}
+    )
+    assert_refused(response, "kv_budget: got 3")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("budget", [64, 0.25, 1.0, 10**6, 10**300], ids=len_of_repr)
+def test_good_budgets_are_answered(pruning: Server, path: str, budget: Any) -> None:
+    response = send(pruning, path, budget)
+    assert response.status_code == 200, response.text
+    report = response.json()["kv_transfer_params"]
+    num_tokens = response.json()["usage"]["prompt_tokens"]
+    assert report["policy"] == "asl"
+    assert report["kept_tokens"] + report["pruned_tokens"] == num_tokens
+    assert report["freed_blocks"] == report["pruned_tokens"] // 32
+    if budget in (64, 0.25):
+        assert report["selection_layer"] == 4
+        asked = budget * num_tokens if budget < 1 else budget
+        assert asked - 32 < report["kept_tokens"] <= asked
+    else:
+        assert report["pruned_tokens"] == 0
+
+
+def test_no_budget_is_stock(pruning: Server) -> None:
+    response = send(pruning, "/v1/completions", None)
+    assert response.status_code == 200
+    assert response.json()["kv_transfer_params"] is None
+
+
+def test_the_openai_client(pruning: Server) -> None:
+    answer = pruning.openai.completions.create(
+        model=MODEL_NAME,
+        prompt=QUESTION.text,
+        temperature=0,
+        max_tokens=4,
+        n=1,
+        extra_body={"kv_budget": 128},
+    )
+    assert answer.choices[0].text.split() == QUESTION.answer_words
+    assert answer.kv_transfer_params["budget"] == 128  # type: ignore[attr-defined]
+    chat = pruning.openai.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": QUESTION.text}],
+        max_tokens=4,
+        extra_body={"kv_budget": 128},
+    )
+    assert chat.kv_transfer_params["budget"] == 128  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError, match="kv_budget"):
+        pruning.openai.completions.create(
+            model=MODEL_NAME, prompt="a b c", extra_body={"kv_budget": 2}
+        )
+
+
+def test_streams_and_several_choices(pruning: Server) -> None:
+    stream = pruning.openai.completions.create(
+        model=MODEL_NAME,
+        prompt=QUESTION.text,
+        temperature=0,
+        max_tokens=4,
+        stream=True,
+        extra_body={"kv_budget": 128},
+    )
+    text = "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+    assert text.split() == QUESTION.answer_words
+    several = pruning.openai.completions.create(
+        model=MODEL_NAME,
+        prompt=QUESTION.text,
+        temperature=0.5,
+        seed=1,
+        n=3,
+        max_tokens=4,
+        extra_body={"kv_budget": 128},
+    )
+    assert len(several.choices) == 3
+
+
+def test_responses_api(pruning: Server) -> None:
+    good = pruning.post(
+        "/v1/responses", input=QUESTION.text, kv_budget=64, max_output_tokens=4
+    )
+    assert good.status_code == 200, good.text
+    assert good.json()["kv_transfer_params"]["budget"] == 64
+    bad = pruning.post("/v1/responses", input=QUESTION.text, kv_budget=3)
+    assert_refused(bad, "kv_budget: got 3")
+
+
+def test_prompt_logprobs_need_the_whole_prompt(pruning: Server) -> None:
+    response = send(pruning, "/v1/completions", 64, prompt_logprobs=1)
+    assert_refused(response, "cannot be combined with prompt_logprobs")
+    assert send(pruning, "/v1/completions", 1.0, prompt_logprobs=1).status_code == 200
+
+
+def test_the_field_is_documented(pruning: Server) -> None:
+    schemas = pruning.http.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest"):
+        field = schemas[name]["properties"]["kv_budget"]
+        assert "share of the prompt" in field["description"]
+        assert {"type": "null"} in field["anyOf"]
+
+
+def test_many_clients_at_once(pruning: Server) -> None:
+    """Budgets of all kinds side by side; each answer is right and none is lost."""
+    asked = [(needle(50 + i, 300 + 60 * i), b) for i in range(6) for b in (None, 96, 128)]
+
+    def ask(item: Any) -> bool:
+        prompt, budget = item
+        answer = pruning.openai.completions.create(
+            model=MODEL_NAME,
+            prompt=prompt.text,
+            temperature=0,
+            max_tokens=4,
+            extra_body={"kv_budget": budget},
+        )
+        return answer.choices[0].text.split() == prompt.answer_words
+
+    with ThreadPoolExecutor(12) as pool:
+        marks = list(pool.map(ask, asked))
+    assert sum(marks) >= len(marks) - 1
+
+
+def test_a_server_without_a_policy_refuses_budgets(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with serve(log) as plain:
+        for path in PATHS:
+            for stream in (False, True):
+                response = send(plain, path, 64, stream=stream)
+                assert_refused(response, "started without --kv-policy")
+            assert send(plain, path, None).status_code == 200
+        offline = plain.post(
+            "/v1/completions", prompt="a b", vllm_xargs={"kv_budget": 64}
+        )
+        assert_refused(offline, "started without --kv-policy")

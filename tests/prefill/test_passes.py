@@ -1,0 +1,226 @@
+"""`Prefill`: what is kept and written, whatever the chunks, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from asl_kernels.window_scores import window_scores
+from asl_vllm.prefill import PrefillBuffers
+from asl_vllm.selection.errors import SelectionError
+from tests.prefill.toy import (
+    CAPACITY,
+    SHAPE,
+    WINDOW,
+    Run,
+    ToyDecoder,
+    buffers,
+    job,
+    prefill,
+    run,
+)
+
+LAYERS = SHAPE.num_layers
+# Fixed selection layers, none at all, and the adaptive rule.
+WAYS = [
+    {"selection_layer": 0},
+    {"selection_layer": 2},
+    {"selection_layer": LAYERS - 1},
+    {"tau": 0.0},
+    {"tau": 0.7},
+]
+
+
+def same(one: Run, other: Run) -> None:
+    """Both runs decided and wrote the same, to the bit."""
+    assert one.report.selection_layer == other.report.selection_layer
+    assert len(one.policy.decisions) == len(other.policy.decisions)
+    for mine, theirs in zip(one.policy.decisions, other.policy.decisions, strict=True):
+        assert torch.equal(mine.kept, theirs.kept)
+        assert (mine.propagated is None) == (theirs.propagated is None)
+    assert one.model.written.keys() == other.model.written.keys()
+    for place, (key, value) in one.model.written.items():
+        assert torch.equal(key, other.model.written[place][0]), place
+        assert torch.equal(value, other.model.written[place][1]), place
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("chunk", [1, 16, 43, 1000])
+def test_chunks_do_not_change_the_result(chunk: int, way: dict[str, object]) -> None:
+    whole = run(job(), chunk=CAPACITY, **way)
+    same(run(job(), chunk=chunk, **way), whole)
+
+
+@pytest.mark.parametrize("step", [0, 20, 100])
+def test_load_does_not_change_the_result(step: int) -> None:
+    """Chunk borders stay where they are however little a step may spend."""
+    at_once = run(job(), chunk=16, selection_layer=2)
+    bit_by_bit = run(job(), step, chunk=16, selection_layer=2)
+    same(bit_by_bit, at_once)
+    assert bit_by_bit.model.calls == at_once.model.calls
+
+
+def test_padding_after_a_chunk_is_not_taken() -> None:
+    same(run(job(), model=ToyDecoder(padding=5)), run(job()))
+
+
+def test_the_adaptive_rule_selects_in_these_tests() -> None:
+    """Keeps the cases above from being all of one kind."""
+    assert run(job(), tau=0.0).report.selection_layer is None
+    assert run(job(), tau=0.7).report.selection_layer not in (None, LAYERS - 1)
+
+
+def test_the_pool_holds_each_heads_kept_rows() -> None:
+    work = job()
+    done = run(work, selection_layer=2)
+    for layer in range(3):
+        kept = done.policy.decisions[layer].kept
+        for row, slot in enumerate(work.slots):
+            key, value = done.model.written[layer, slot]
+            for head in range(SHAPE.num_kv_heads):
+                token = int(kept[head, row])
+                assert torch.equal(key[head], done.model.keys[layer][token][head])
+                assert torch.equal(value[head], done.model.values[layer][token][head])
+
+
+def test_deeper_layers_keep_all_they_are_given() -> None:
+    work = job()
+    done = run(work, selection_layer=2)
+    for layer in range(3, LAYERS):
+        assert len(done.model.keys[layer]) == work.kept_tokens
+        for row, slot in enumerate(work.slots):
+            key, value = done.model.written[layer, slot]
+            assert torch.equal(key, done.model.keys[layer][row])
+            assert torch.equal(value, done.model.values[layer][row])
+
+
+def test_deeper_layers_see_the_selected_tokens_at_their_positions() -> None:
+    work = job()
+    done = run(work, selection_layer=2, chunk=7)
+    propagated = done.policy.decisions[-1].propagated
+    assert propagated is not None
+    everyone = list(range(work.num_prompt_tokens))
+    for layer in range(LAYERS):
+        calls = [call for call in done.model.calls if call.layer == layer]
+        positions = [p for call in calls for p in call.positions]
+        assert positions == (everyone if layer <= 2 else propagated.tolist())
+        starts = [call.start for call in calls]
+        assert starts == list(range(0, len(positions), 7))
+    assert propagated.tolist()[-WINDOW:] == everyone[-WINDOW:]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_slots_are_written_once_a_layer_and_the_last_row_never(
+    way: dict[str, object],
+) -> None:
+    """`ToyDecoder` asserts that no slot is written twice."""
+    work = job()
+    done = run(work, **way)
+    assert len(work.slots) == work.kept_tokens - 1
+    assert done.model.written.keys() == {
+        (layer, slot) for layer in range(LAYERS) for slot in work.slots
+    }
+
+
+def test_scores_come_from_the_window_and_the_layers_own_keys() -> None:
+    done = run(job(), tau=0.0, chunk=3)
+    for layer, seen in enumerate(done.policy.layer_scores):
+        want = window_scores(
+            done.model.queries[layer][-WINDOW:],
+            done.model.keys[layer],
+            scale=done.model.attention_scale(layer),
+            pool_kernel=3,
+        )
+        assert torch.equal(seen, want.sum(0))
+
+
+def test_the_layer_score_is_the_sum_over_ranks() -> None:
+    class Ranks(ToyDecoder):
+        def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:
+            return layer_score.flip(0)
+
+    alone, ranks = run(job(), tau=0.0), run(job(), model=Ranks(), tau=0.0)
+    # Layer 0 has no history: the same input, summed otherwise.
+    assert torch.equal(
+        ranks.policy.layer_scores[0], alone.policy.layer_scores[0].flip(0)
+    )
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_selection_saves_the_deeper_layers_tokens(layer: int) -> None:
+    work = job()
+    report = run(work, selection_layer=layer).report
+    n, k = work.num_prompt_tokens, work.kept_tokens
+    assert report.selection_layer == layer
+    assert report.computed_token_layers == n * (layer + 1) + k * (LAYERS - layer - 1)
+    assert report.computed_token_layers + report.skipped_token_layers == n * LAYERS
+
+
+def test_snapkv_computes_every_token_in_every_layer() -> None:
+    work = job(policy="snapkv")
+    report = run(work).report
+    assert report.selection_layer is None
+    assert report.skipped_token_layers == 0
+    assert report.computed_token_layers == work.num_prompt_tokens * LAYERS
+
+
+def test_a_report_names_what_was_kept() -> None:
+    report = run(job(n=60, pruned=36)).report
+    assert (report.kept_tokens, report.pruned_tokens) == (24, 36)
+    assert report.seconds > 0
+
+
+def test_nothing_to_spend_still_runs_one_pass() -> None:
+    begun, model, _ = prefill(job(), chunk=16)
+    assert begun.advance(0) == 16
+    assert begun.advance(-5) == 16
+    assert [(call.layer, call.start) for call in model.calls] == [(0, 0), (0, 16)]
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 100])
+@pytest.mark.parametrize("step", [1, 16, 17, 150])
+def test_a_step_overshoots_by_less_than_a_chunk(step: int, chunk: int) -> None:
+    begun, _, _ = prefill(job(), chunk=chunk, selection_layer=2)
+    while not begun.done:
+        spent = begun.advance(step)
+        assert spent < step + chunk
+        assert spent >= step or begun.done
+
+
+def test_done_after_the_last_layer() -> None:
+    begun, _, _ = prefill(job(n=30, pruned=8), chunk=100)
+    for layer in range(LAYERS):
+        assert (begun.layer, begun.done) == (layer, False)
+        begun.advance(1)
+    assert (begun.layer, begun.done) == (LAYERS, True)
+    assert begun.advance(100) == 0
+
+
+def test_tokens_are_embedded_in_chunks() -> None:
+    assert run(job(), chunk=16).model.embedded == [16, 16, 12]
+
+
+def test_buffers_are_lent_to_one_prompt_after_another() -> None:
+    """What a longer prompt left behind is not seen."""
+    lent = buffers()
+    run(job(n=70, pruned=20), lent=lent)
+    same(run(job(), lent=lent, selection_layer=2), run(job(), selection_layer=2))
+
+
+def test_a_prompt_longer_than_the_buffers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"61 tokens.*60 tokens.*max_prefill_tokens"):
+        prefill(job(n=61), lent=buffers(60))
+    prefill(job(n=60), lent=buffers(60))
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_scores_that_are_not_finite_fail(layer: int) -> None:
+    begun, _, _ = prefill(job(), model=ToyDecoder(poison={layer}), tau=0.0)
+    with pytest.raises(SelectionError, match=f"layer {layer}"):
+        begun.advance(10**9)
+
+
+def test_buffers_hold_what_the_shape_says() -> None:
+    held = PrefillBuffers(SHAPE, 100, 8)
+    window = 8 * SHAPE.num_heads * SHAPE.head_dim * SHAPE.dtype.itemsize
+    assert held.num_bytes == 100 * SHAPE.bytes_per_token() + window

@@ -1,0 +1,245 @@
+"""A toy decoder whose rounding does not depend on how a prompt is cut up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from asl_vllm.config import AslConfig
+from asl_vllm.prefill import (
+    LayerTap,
+    ModelShape,
+    Prefill,
+    PrefillBuffers,
+    PrefillFactory,
+    PrefillJob,
+    PrefillReport,
+)
+from asl_vllm.selection.policies import LayerDecision, Policy, make_policy
+
+SHAPE = ModelShape(
+    num_layers=5,
+    hidden_size=12,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    value_dim=3,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+)
+VOCABULARY = 50
+WINDOW = 4
+CAPACITY = 100
+
+
+@dataclass
+class Call:
+    """One `run_layer`: the rows and the positions it was given."""
+
+    layer: int
+    start: int
+    positions: list[int]
+
+
+@dataclass
+class ToyDecoder:
+    """Implements `DecoderModel` with random weights.
+
+    Remembers the keys, values and queries of every layer and what was written to
+    the pool. ``padding`` rows follow each chunk that the tap is shown, as vLLM's
+    padded batches have them.
+    """
+
+    shape: ModelShape = SHAPE
+    padding: int = 0
+    calls: list[Call] = field(default_factory=list)
+    embedded: list[int] = field(default_factory=list)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    poison: set[int] = field(default_factory=set)
+    """Layers of which the tap is shown one chunk of NaN keys, once."""
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        random = torch.Generator().manual_seed(0)
+
+        def weights(rows: int, columns: int) -> list[Tensor]:
+            return [
+                torch.randn(rows, columns, generator=random) / columns**0.5
+                for _ in range(s.num_layers)
+            ]
+
+        self.embedding = torch.randn(VOCABULARY, s.hidden_size, generator=random)
+        self.w_q = weights(s.num_heads * s.head_dim, s.hidden_size)
+        self.w_k = weights(s.num_kv_heads * s.head_dim, s.hidden_size)
+        self.w_v = weights(s.num_kv_heads * s.value_dim, s.hidden_size)
+        self.w_o = weights(s.hidden_size, s.num_heads * s.value_dim)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        self.embedded.append(len(token_ids))
+        return self.embedding[token_ids]
+
+    def run_layer(
+        self,
+        layer: int,
+        positions: Tensor,
+        hidden: Tensor,
+        start: int,
+        tap: LayerTap,
+    ) -> None:
+        assert len(positions) == len(hidden)
+        self.calls.append(Call(layer, start, positions.tolist()))
+        turn = 1 + 0.01 * positions[:, None, None]
+        q = turn * self._project(self.w_q[layer], hidden, self.shape.num_heads)
+        k = turn * self._project(self.w_k[layer], hidden, self.shape.num_kv_heads)
+        v = self._project(self.w_v[layer], hidden, self.shape.num_kv_heads)
+        for history, rows in ((self.queries, q), (self.keys, k), (self.values, v)):
+            before = history[layer] if start else rows[:0]
+            assert len(before) == start
+            history[layer] = torch.cat([before, rows])
+        heads = self._attend(layer, q, start)
+        hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
+
+        def padded(rows: Tensor) -> Tensor:
+            return torch.cat([rows, torch.full((self.padding, *rows.shape[1:]), 99.0)])
+
+        if layer in self.poison:
+            self.poison.remove(layer)
+            k = torch.full_like(k, float("nan"))
+        tap.on_query(padded(q))
+        tap.on_kv(padded(k), padded(v))
+
+    # Products are summed elementwise and over a fixed width: a matrix product may
+    # round otherwise for another number of rows.
+
+    def _project(self, weights: Tensor, hidden: Tensor, heads: int) -> Tensor:
+        return (hidden[:, None] * weights).sum(-1).unflatten(-1, (heads, -1))
+
+    def _attend(self, layer: int, q: Tensor, start: int) -> Tensor:
+        def all_rows(history: dict[int, Tensor]) -> Tensor:
+            rows = history[layer]
+            group = self.shape.num_heads // rows.shape[1]
+            full = rows.new_zeros(CAPACITY, *rows.shape[1:])
+            full[: len(rows)] = rows
+            return full.repeat_interleave(group, dim=1).transpose(0, 1)
+
+        logits = (q[:, :, None] * all_rows(self.keys)).sum(-1)
+        logits *= self.attention_scale(layer)
+        causal = torch.arange(CAPACITY) <= start + torch.arange(len(q))[:, None]
+        weights = logits.masked_fill(~causal[:, None], float("-inf")).softmax(-1)
+        return (weights[..., None] * all_rows(self.values)).sum(2)
+
+    def write_kept(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
+        assert len(keys) == len(values) == len(slots)
+        for key, value, slot in zip(keys, values, slots.tolist(), strict=True):
+            place = (layer, slot)
+            assert place not in self.written, f"{place} written twice"
+            self.written[place] = (key.clone(), value.clone())
+
+    def attention_scale(self, layer: int) -> float:
+        return self.shape.head_dim**-0.5
+
+    def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
+        return layer_score
+
+
+class RecordingPolicy(Policy):
+    """Notes what another policy decides, and what it is shown."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(
+            policy.config,
+            num_layers=policy.num_layers,
+            kept_tokens=policy.kept_tokens,
+        )
+        self.policy = policy
+        self.decisions: list[LayerDecision] = []
+        self.layer_scores: list[Tensor] = []
+
+    def decide(
+        self, layer: int, layer_score: Tensor, head_scores: Tensor
+    ) -> LayerDecision:
+        assert layer == len(self.decisions)
+        decision = self.policy.decide(layer, layer_score, head_scores)
+        self.decisions.append(decision)
+        self.layer_scores.append(layer_score)
+        return decision
+
+
+def config(**options: object) -> AslConfig:
+    """Options that fit the toy's few layers and short prompts."""
+    defaults = {"policy": "asl", "window": WINDOW, "pool_kernel": 3, "l_min": 1}
+    return AslConfig.from_dict({**defaults, "l_obs": 2, **options})
+
+
+def job(
+    name: str = "request", n: int = 44, pruned: int = 24, policy: str = "asl"
+) -> PrefillJob:
+    """A random prompt of n tokens; its slots are neither in order nor adjacent."""
+    random = torch.Generator().manual_seed(n)
+    tokens = torch.randint(VOCABULARY, (n,), generator=random).tolist()
+    slots = (torch.randperm(n - pruned - 1, generator=random) * 3 + 1000).tolist()
+    return PrefillJob(name, policy, tokens, pruned, slots)
+
+
+def buffers(capacity: int = CAPACITY, window: int = WINDOW) -> PrefillBuffers:
+    return PrefillBuffers(SHAPE, capacity, window)
+
+
+def factory(
+    model: ToyDecoder, *, chunk: int = 16, capacity: int = CAPACITY, **options: object
+) -> PrefillFactory:
+    return PrefillFactory(model, buffers(capacity), config(**options), chunk)
+
+
+@dataclass
+class Run:
+    """A finished prefill and all that it did."""
+
+    model: ToyDecoder
+    policy: RecordingPolicy
+    report: PrefillReport
+
+
+def prefill(
+    work: PrefillJob,
+    *,
+    model: ToyDecoder | None = None,
+    lent: PrefillBuffers | None = None,
+    chunk: int = 16,
+    **options: object,
+) -> tuple[Prefill, ToyDecoder, RecordingPolicy]:
+    """A `Prefill` that is not begun yet."""
+    settings = config(policy=work.policy, **options)
+    model = model or ToyDecoder()
+    policy = RecordingPolicy(
+        make_policy(
+            work.policy,
+            settings,
+            num_layers=model.shape.num_layers,
+            kept_tokens=work.kept_tokens,
+        )
+    )
+    begun = Prefill(
+        work,
+        model,
+        policy,
+        lent or buffers(),
+        pool_kernel=settings.pool_kernel,
+        chunk_tokens=chunk,
+    )
+    return begun, model, policy
+
+
+def run(work: PrefillJob, step: int = 10**9, **options: object) -> Run:
+    """Prefills ``work`` to the end, ``step`` token-layers at a time."""
+    begun, model, policy = prefill(work, **options)  # type: ignore[arg-type]
+    while not begun.done:
+        begun.advance(step)
+    return Run(model, policy, begun.report())
