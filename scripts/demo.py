@@ -35,9 +35,9 @@ BLOCK_SIZE = 32
 # The reference settings are for 32 layers and long prompts; this model has 10.
 POLICY_CONFIG: Mapping[str, int | float] = {
     "window": 8,
-    "l_min": 2,
+    "l_min": 4,
     "l_obs": 2,
-    "tau": 0.5,
+    "tau": 0.8,
 }
 
 BUDGETS: tuple[int | None, ...] = (None, 512, 128)

@@ -257,6 +257,9 @@ def make_environment(place: dict[str, str]) -> None:
     VENV.mkdir()
     STAMP.write_text(json.dumps(place), encoding="utf-8")
     subprocess.run([python, "-m", "venv", str(VENV)], check=True)
+    # Today's pip resolves 130 packages in under half the time; the one that came with
+    # Python will do.
+    pip("--upgrade", "pip", mute_errors=True)
 
 
 def main() -> int:

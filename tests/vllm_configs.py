@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
 from asl_vllm import plugin
+from asl_vllm.engine import request
 
 TINY_MODEL = Path(__file__).parents[1] / "asl_vllm" / "assets" / "tiny_retriever"
 
@@ -43,6 +44,7 @@ def quick_and_clean_vllm(
     """
     plugin.register()
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
+    monkeypatch.setattr(request, "_served", None)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm_cache"))
     vllm.envs.disable_envs_cache()
     before = dict(os.environ)

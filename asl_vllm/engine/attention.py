@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_kernels.block_table_view import block_table_view
 from asl_vllm.engine.blocks import prunable
-from asl_vllm.prefill import LayerTap
+from asl_vllm.prefill import KeysTaken, LayerTap
 
 WRAPPED_BACKENDS: dict[str, str] = {
     "CPU_ATTN": "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend",
@@ -46,6 +46,8 @@ class TapMixin:
     def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kw: Any) -> Any:
         if self.tap is not None:
             self.tap.on_query(query)
+            if self.tap.keys_only:
+                raise KeysTaken
         return super().forward(layer, query, *args, **kw)  # type: ignore[misc]
 
 

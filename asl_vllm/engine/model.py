@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_vllm.engine.scratch import ScratchPages
-from asl_vllm.prefill import LayerTap, ModelShape
+from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
 
 
 def attention_layers(model: Any) -> list[Attention]:
@@ -101,7 +101,10 @@ class VllmDecoder:
                 slot_mapping={name: metadata.slot_mapping},
             ),
         ):
-            output, residual = self._layers[layer](positions, hidden, None)
+            try:
+                output, residual = self._layers[layer](positions, hidden, None)
+            except KeysTaken:
+                return
         torch.add(output, residual, out=hidden)
 
     @torch.inference_mode()

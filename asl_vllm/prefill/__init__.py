@@ -12,10 +12,11 @@ from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.passes import Prefill
 from asl_vllm.prefill.queue import PrefillOutcome, PrefillQueue
 from asl_vllm.prefill.shape import ModelShape
-from asl_vllm.prefill.tap import LayerTap
+from asl_vllm.prefill.tap import KeysTaken, LayerTap
 
 __all__ = [
     "DecoderModel",
+    "KeysTaken",
     "LayerTap",
     "ModelShape",
     "Prefill",

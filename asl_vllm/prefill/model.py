@@ -36,7 +36,8 @@ class DecoderModel(Protocol):
         ``positions`` [n] are the tokens' original positions and ``hidden`` [n, E]
         their states, replaced in place by the layer's output. Attention sees the
         rows ``[0, start + n)`` of this layer; earlier rows were run before, in
-        order. The tap receives the chunk's queries, keys and values.
+        order. The tap receives the chunk's queries, keys and values; where it asks
+        for these only, ``hidden`` is left undefined.
         """
         ...
 

@@ -95,7 +95,8 @@ class Prefill:
             self._embed()
         start = self._row
         if start == 0:
-            self._tap.start_layer(self._num_rows)
+            last = self._layer == self._model.shape.num_layers - 1
+            self._tap.start_layer(self._num_rows, keys_only=last)
         end = min(start + self._chunk_tokens, self._num_rows)
         self._tap.start_chunk(start, end)
         self._model.run_layer(

@@ -7,6 +7,10 @@ import torch
 from asl_vllm.prefill.buffers import PrefillBuffers
 
 
+class KeysTaken(Exception):  # noqa: N818 - a signal, not an error
+    """Raised out of a layer whose output nobody needs, once its keys are taken."""
+
+
 class LayerTap:
     """Copies a layer's keys, values and window queries into `PrefillBuffers`.
 
@@ -17,13 +21,19 @@ class LayerTap:
 
     def __init__(self, buffers: PrefillBuffers) -> None:
         self._buffers = buffers
+        self.keys_only = False
         self._num_rows = 0
         self._start = 0
         self._end = 0
 
-    def start_layer(self, num_rows: int) -> None:
-        """A layer begins that ``num_rows`` tokens will pass."""
+    def start_layer(self, num_rows: int, *, keys_only: bool = False) -> None:
+        """A layer begins that ``num_rows`` tokens will pass.
+
+        ``keys_only``: nothing comes after it, so the attention layer may raise
+        `KeysTaken` once keys, values and queries are here.
+        """
         self._num_rows = num_rows
+        self.keys_only = keys_only
 
     def start_chunk(self, start: int, end: int) -> None:
         """Rows ``[start, end)`` pass next."""

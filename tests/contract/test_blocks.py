@@ -1,0 +1,258 @@
+"""KV-cache specs, their registry, block managers and the block pool."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1 import kv_cache_spec_registry
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from asl_vllm.engine.blocks import (
+    PrunedAttentionSpec,
+    PrunedBlocksManager,
+    prunable,
+)
+from tests.contract.looking import in_order, parameters, source
+from tests.vllm_configs import engine_config
+
+BLOCK = 16
+SIZES = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32}
+STOCK = FullAttentionSpec(**SIZES, dtype=torch.float32)
+PRUNED = prunable(STOCK)
+SKIPPING = (
+    "get_num_blocks_to_allocate",
+    "add_local_computed_blocks",
+    "allocate_external_computed_blocks",
+    "remove_skipped_blocks",
+)
+"""Methods whose answer depends on the leading blocks that a request lacks."""
+
+
+def manager(enable_caching: bool = True, blocks: int = 20) -> KVCacheManager:
+    config = KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], PRUNED)],
+    )
+    return KVCacheManager(
+        config,
+        max_model_len=1024,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=enable_caching,
+    )
+
+
+def request(name: str, tokens: int, *, hashed: bool = True) -> Request:
+    init_none_hash(sha256)
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(range(tokens)),
+        sampling_params=SamplingParams(max_tokens=8),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256) if hashed else None,
+    )
+
+
+def pruned_blocks(host: KVCacheManager) -> PrunedBlocksManager:
+    (only,) = host.coordinator.single_type_managers
+    assert isinstance(only, PrunedBlocksManager)
+    return only
+
+
+@pytest.fixture
+def empty_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kv_cache_spec_registry, "_REGISTRY_KVCACHESPEC_LIST", {})
+    yield
+
+
+@pytest.mark.usefixtures("empty_registry")
+def test_vllm_registers_its_specs_only_while_there_are_none() -> None:
+    """The trap: ours alone in the registry would keep vLLM's out of it."""
+    KVCacheSpecRegistry.register(PrunedAttentionSpec, PrunedBlocksManager)
+    assert KVCacheSpecRegistry.get_manager_class(STOCK) is None
+
+
+@pytest.mark.usefixtures("empty_registry")
+def test_an_empty_check_registers_vllms_specs() -> None:
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    assert KVCacheSpecRegistry.get_manager_class(STOCK) is FullAttentionManager
+
+
+def test_both_kinds_of_spec_are_registered() -> None:
+    assert KVCacheSpecRegistry.get_manager_class(STOCK) is FullAttentionManager
+    assert KVCacheSpecRegistry.get_manager_class(PRUNED) is PrunedBlocksManager
+    base = KVCacheSpecRegistry.get_uniform_type_base_spec
+    assert base(STOCK) is base(PRUNED) is FullAttentionSpec
+    assert PRUNED.is_uniform_with_collection({"a": PRUNED, "b": STOCK})
+
+
+def test_full_attention_spec_fields_are_all_init_fields() -> None:
+    """`prunable` hands them all to another class."""
+    assert issubclass(FullAttentionSpec, AttentionSpec)
+    assert all(field.init for field in dataclasses.fields(FullAttentionSpec))
+    assert PRUNED.page_size_bytes == STOCK.page_size_bytes
+    assert dataclasses.asdict(PRUNED) == dataclasses.asdict(STOCK)
+
+
+def test_other_specs_are_no_plain_full_attention() -> None:
+    window = SlidingWindowSpec(**SIZES, dtype=torch.float32, sliding_window=64)
+    assert prunable(window) is window
+    assert prunable(PRUNED) is PRUNED
+
+
+def test_max_memory_usage_bytes_is_asked_before_and_after_the_pool_is_sized() -> None:
+    assert parameters(FullAttentionSpec.max_memory_usage_bytes) == (
+        "self",
+        "vllm_config",
+    )
+    text = source(EngineCore._initialize_kv_caches)
+    assert in_order(
+        text, "get_kv_cache_configs(", "vllm_config.cache_config.num_gpu_blocks ="
+    )
+    config = engine_config({"policy": "asl"}, max_model_len=1024, block_size=32)
+    assert config.cache_config.num_gpu_blocks is None
+    stock = STOCK.max_memory_usage_bytes(config)
+    assert stock == 1024 // BLOCK * STOCK.page_size_bytes
+    # The window of 32 and a block of 16, in blocks, and one to write in.
+    assert PRUNED.max_memory_usage_bytes(config) == 4 * PRUNED.page_size_bytes
+    config.cache_config.num_gpu_blocks = 10
+    assert PRUNED.max_memory_usage_bytes(config) == stock
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_manager_methods_ask_for_skipped_tokens(name: str) -> None:
+    method = getattr(FullAttentionManager, name)
+    assert parameters(method)[:2] == ("self", "request_id")
+    assert "self.get_num_skipped_tokens(" in source(method)
+
+
+def test_no_other_method_asks_for_skipped_tokens() -> None:
+    """One that did would be told 0 by `PrunedBlocksManager`."""
+    asking = {
+        name
+        for owner in (FullAttentionManager, SingleTypeKVCacheManager)
+        for name, method in vars(owner).items()
+        if inspect.isfunction(method)
+        and "self.get_num_skipped_tokens(" in source(method)
+    }
+    assert asking == set(SKIPPING)
+
+
+def test_full_attention_manager() -> None:
+    assert issubclass(FullAttentionManager, SingleTypeKVCacheManager)
+    assert FullAttentionManager.get_num_skipped_tokens is (
+        SingleTypeKVCacheManager.get_num_skipped_tokens
+    )
+    assert parameters(FullAttentionManager.get_num_skipped_tokens) == (
+        "self",
+        "num_computed_tokens",
+    )
+    assert parameters(FullAttentionManager.cache_blocks)[:2] == ("self", "request")
+    assert pruned_blocks(manager()).block_size == BLOCK
+
+
+def test_the_null_block_has_id_0() -> None:
+    """The block-table view takes 0 for a block that is not there."""
+    pool = manager().block_pool
+    assert pool.null_block.block_id == 0
+    assert pool.num_gpu_blocks == 20
+    assert pool.get_num_free_blocks() == 19
+
+
+@pytest.mark.parametrize("enable_caching", [True, False])
+def test_pruned_tokens_occupy_null_blocks(enable_caching: bool) -> None:
+    """From admission to release, as the scheduler does it."""
+    host = manager(enable_caching)
+    work = request("a", 10 * BLOCK + 3, hashed=False)
+    pruned_blocks(host).set_pruned_tokens("a", 8 * BLOCK)
+    held = host.allocate_slots(
+        work,
+        0,
+        num_external_computed_tokens=work.num_tokens - 1,
+        delay_cache_blocks=True,
+    )
+    assert held is not None
+    (ids,) = host.get_blocks("a").get_block_ids()
+    assert ids[:8] == [0] * 8
+    assert 0 not in ids[8:]
+    assert len(ids) == 11
+    assert host.block_pool.get_num_free_blocks() == 19 - 3
+    # Loaded; the last prompt token follows, then generated ones.
+    work.num_computed_tokens = work.num_tokens - 1
+    for _ in range(2 * BLOCK):
+        assert host.allocate_slots(work, 1) is not None
+        work.append_output_token_ids(7)
+        work.num_computed_tokens += 1
+    (ids,) = host.get_blocks("a").get_block_ids()
+    assert ids[:8] == [0] * 8
+    assert len(ids) == 13
+    host.free(work)
+    pruned_blocks(host).forget("a")
+    assert host.block_pool.get_num_free_blocks() == 19
+
+
+def test_a_prompt_larger_than_the_pool_is_admitted_when_pruned() -> None:
+    host = manager(blocks=6)
+    work = request("a", 40 * BLOCK, hashed=False)
+    pruned_blocks(host).set_pruned_tokens("a", 37 * BLOCK)
+    assert host.allocate_slots(
+        work,
+        0,
+        num_external_computed_tokens=work.num_tokens - 1,
+        full_sequence_must_fit=True,
+    )
+
+
+def test_without_hashes_a_request_stays_out_of_the_prefix_cache() -> None:
+    host = manager()
+    first = request("first", 5 * BLOCK)
+    assert host.allocate_slots(first, first.num_tokens) is not None
+    again = request("again", 5 * BLOCK)
+    assert host.get_computed_blocks(again)[1] == 4 * BLOCK
+    again.block_hashes = []
+    again._block_hasher = None
+    assert host.get_computed_blocks(again)[1] == 0
+    again.append_output_token_ids([1] * BLOCK)
+    assert again.block_hashes == []
+
+
+def test_a_pruned_request_fills_no_prefix_cache() -> None:
+    host = manager()
+    work = request("a", 5 * BLOCK)
+    pruned_blocks(host).set_pruned_tokens("a", 2 * BLOCK)
+    assert host.allocate_slots(
+        work, 0, num_external_computed_tokens=work.num_tokens - 1
+    )
+    host.cache_blocks(work, work.num_tokens - 1)
+    assert host.get_computed_blocks(request("b", 5 * BLOCK))[1] == 0
+
+
+def test_request_fields() -> None:
+    work = request("a", 5)
+    assert work.num_prompt_tokens == 5
+    assert work.prompt_token_ids == [0, 1, 2, 3, 4]
+    assert work.sampling_params is not None
+    assert callable(work._block_hasher)
+    assert isinstance(work.block_hashes, list)

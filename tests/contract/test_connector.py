@@ -1,0 +1,203 @@
+"""The KV-connector interface, and who calls it when."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+    supports_hma,
+)
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.messages import StepOrders, StepReports
+from asl_vllm.prefill import PrefillJob, PrefillReport
+from tests.contract.looking import in_order, parameters, source
+
+SIGNATURES = {
+    "bind_kv_cache_manager": ("self", "kv_cache_manager"),
+    "on_new_request": ("self", "request"),
+    "get_num_new_matched_tokens": ("self", "request", "num_computed_tokens"),
+    "update_state_after_alloc": ("self", "request", "blocks", "num_external_tokens"),
+    "build_connector_meta": ("self", "scheduler_output"),
+    "update_connector_output": ("self", "connector_output"),
+    "request_finished_all_groups": ("self", "request", "block_ids"),
+    "start_load_kv": ("self", "forward_context", "kwargs"),
+    "get_transfer_results": ("self", "finished_req_ids"),
+    "build_connector_worker_meta": ("self",),
+    "wait_for_layer_load": ("self", "layer_name"),
+    "save_kv_layer": ("self", "layer_name", "kv_layer", "attn_metadata", "kwargs"),
+    "wait_for_save": ("self",),
+}
+
+
+def fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_method_signatures(name: str) -> None:
+    owner = SupportsHMA if hasattr(SupportsHMA, name) else KVConnectorBase_V1
+    assert parameters(getattr(owner, name)) == SIGNATURES[name]
+    assert parameters(getattr(AslConnector, name)) == SIGNATURES[name]
+
+
+def test_only_methods_of_the_interface_are_overridden() -> None:
+    ours = {
+        name
+        for name, value in vars(AslConnector).items()
+        if inspect.isfunction(value) and not name.startswith("__")
+    }
+    assert ours - SIGNATURES.keys() == {"bind_prefill_queue"}
+
+
+def test_nothing_abstract_is_left() -> None:
+    assert not inspect.isabstract(AslConnector)
+    assert supports_hma(AslConnector)
+    assert isinstance(vars(KVConnectorBase_V1)["requires_kv_delivery"], property)
+    assert parameters(KVConnectorBase_V1.__init__) == (
+        "self",
+        "vllm_config",
+        "role",
+        "kv_cache_config",
+    )
+    assert {role.name for role in KVConnectorRole} == {"SCHEDULER", "WORKER"}
+
+
+def test_metadata_is_bound_by_the_base_class() -> None:
+    assert "self._connector_metadata" in source(
+        KVConnectorBase_V1.bind_connector_metadata
+    )
+    assert "return self._connector_metadata" in source(
+        KVConnectorBase_V1._get_connector_metadata
+    )
+
+
+def test_transfer_results_and_connector_output_fields() -> None:
+    assert {"finished_recving", "failed_recving"} <= fields(KVConnectorTransferResults)
+    assert {
+        "finished_recving",
+        "failed_recving",
+        "kv_connector_worker_meta",
+    } <= fields(KVConnectorOutput)
+    assert {"total_num_scheduled_tokens", "finished_req_ids"} <= fields(SchedulerOutput)
+    assert hasattr(KVCacheBlocks, "get_block_ids")
+
+
+def test_messages_are_vllms_and_can_be_sent() -> None:
+    assert issubclass(StepOrders, KVConnectorMetadata)
+    assert issubclass(StepReports, KVConnectorWorkerMetadata)
+    orders = StepOrders([PrefillJob("a", "asl", [1, 2], 0, [5])], 100)
+    assert pickle.loads(pickle.dumps(orders)) == orders
+
+
+V1_STEP = KVConnectorModelRunnerMixin._get_kv_connector_output
+V2_STEP = ActiveKVConnector.post_forward
+
+
+@pytest.mark.parametrize("step", [V1_STEP, V2_STEP], ids=["V1", "V2"])
+def test_results_are_asked_for_after_the_passes(step: Any) -> None:
+    assert in_order(
+        source(step),
+        "start_load_kv(" if step is V1_STEP else "self._start_load_kv()",
+        "wait_for_save()",
+        "get_transfer_results(",
+        "build_connector_worker_meta()",
+        "clear_connector_metadata()",
+    )
+
+
+def test_loads_start_after_the_steps_forward() -> None:
+    """In 0.32, unless a load is synchronous; ours never is."""
+    assert in_order(
+        source(V1_STEP),
+        "start_after_forward = not scheduler_output.has_sync_kv_loads",
+        "yield output",
+        "if start_after_forward:",
+        "kv_connector.start_load_kv(get_forward_context())",
+    )
+    assert in_order(
+        source(ActiveKVConnector.pre_forward),
+        "if scheduler_output.has_sync_kv_loads:",
+        "self._start_load_kv()",
+    )
+    assert "**load_kwargs" in source(ActiveKVConnector._start_load_kv)
+
+
+def test_a_step_without_tokens_runs_passes_too() -> None:
+    assert in_order(
+        source(KVConnectorModelRunnerMixin.kv_connector_no_forward),
+        "set_forward_context(None, vllm_config)",
+        "_get_kv_connector_output(scheduler_output)",
+    )
+    assert in_order(
+        source(ActiveKVConnector.no_forward), "self.pre_forward(", "self.post_forward("
+    )
+
+
+def test_the_workers_connector_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = object()
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", mine)
+    assert get_kv_transfer_group() is mine
+
+
+def rank_output(
+    done: set[str], failed: set[str] = frozenset(), seconds: float = 1.0
+) -> ModelRunnerOutput:
+    reports = {name: PrefillReport(3, 10, 20, 5, 6, seconds) for name in done - failed}
+    return ModelRunnerOutput.with_kv_conn_output_only(
+        KVConnectorOutput(
+            finished_recving=done,
+            failed_recving=set(failed),
+            kv_connector_worker_meta=StepReports(reports) if reports else None,
+        )
+    )
+
+
+def joined(*outputs: ModelRunnerOutput) -> KVConnectorOutput:
+    output = KVOutputAggregator(len(outputs)).aggregate(list(outputs))
+    assert output is not None
+    assert output.kv_connector_output is not None
+    return output.kv_connector_output
+
+
+def test_ranks_reports_are_aggregated() -> None:
+    output = joined(rank_output({"a"}), rank_output({"a"}, seconds=2.0))
+    assert output.finished_recving == {"a"}
+    assert not output.failed_recving
+    reports = output.kv_connector_worker_meta
+    assert isinstance(reports, StepReports)
+    assert reports.reports["a"].seconds == 2.0
+
+
+def test_a_job_has_ended_when_it_has_on_every_rank() -> None:
+    aggregator = KVOutputAggregator(2)
+    first = aggregator.aggregate([rank_output({"a"}), rank_output(set())])
+    assert first is not None
+    assert first.kv_connector_output is not None
+    assert first.kv_connector_output.finished_recving is None
+    second = aggregator.aggregate([rank_output(set()), rank_output({"a"})])
+    assert second is not None
+    assert second.kv_connector_output is not None
+    assert second.kv_connector_output.finished_recving == {"a"}
+
+
+def test_a_job_that_failed_on_one_rank_failed() -> None:
+    output = joined(rank_output({"a"}), rank_output({"a"}, {"a"}))
+    assert output.finished_recving == output.failed_recving == {"a"}

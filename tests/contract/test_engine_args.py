@@ -1,0 +1,159 @@
+"""`EngineArgs` and the configuration objects that are read or filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import get_args, get_type_hints
+
+import vllm.entrypoints.cli.serve
+import vllm.envs
+from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
+from vllm.config.speculative import SpeculativeConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.api_server import entry
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.launch import connector_config
+from tests.contract.looking import in_order, parameters, source
+from tests.vllm_configs import engine_config
+
+
+def test_add_cli_args_is_static_and_takes_the_parser() -> None:
+    raw = inspect.getattr_static(EngineArgs, "add_cli_args")
+    assert isinstance(raw, staticmethod)
+    assert parameters(EngineArgs.add_cli_args) == ("parser",)
+
+
+def test_from_cli_args_is_a_class_method_of_a_namespace() -> None:
+    raw = inspect.getattr_static(EngineArgs, "from_cli_args")
+    assert isinstance(raw, classmethod)
+    assert parameters(raw.__func__) == ("cls", "args")
+
+
+def test_engine_args_fields() -> None:
+    fields = {field.name: field for field in dataclasses.fields(EngineArgs)}
+    assert fields["additional_config"].default_factory() == {}  # type: ignore[misc]
+    assert fields["kv_transfer_config"].default is None
+
+
+def test_every_way_in_makes_its_configuration_by_create_engine_config() -> None:
+    for way_in in (
+        LLMEngine.from_engine_args,
+        AsyncLLM.from_engine_args,
+        entry.build_async_engine_client_from_engine_args,
+        vllm.entrypoints.cli.serve,
+    ):
+        assert ".create_engine_config(" in source(way_in), way_in
+
+
+def test_additional_config_reaches_the_configuration() -> None:
+    mine = {"somebody": {"x": 1}}
+    config = engine_config(additional_config=mine)
+    assert isinstance(config, VllmConfig)
+    assert config.additional_config == mine
+
+
+def test_kv_transfer_config_fields() -> None:
+    config = connector_config()
+    assert isinstance(config, KVTransferConfig)
+    assert "fail" in get_args(
+        get_type_hints(KVTransferConfig)["kv_load_failure_policy"]
+    )
+
+
+def test_a_producer_does_not_defer_frees() -> None:
+    """Deferred frees keep a finished request's blocks for a step or more."""
+    config = connector_config()
+    assert config.is_kv_producer
+    assert not config.is_kv_consumer
+    both = KVTransferConfig(kv_connector="x", kv_role="kv_both")
+    assert both.is_kv_consumer
+    assert in_order(
+        source(Scheduler.__init__),
+        "if multiple_inflight_batches and kv_transfer_config.is_kv_consumer:",
+        "self.defer_block_free = True",
+    )
+
+
+def test_the_connector_is_found_by_its_module_path() -> None:
+    config = connector_config()
+    assert KVConnectorFactory.get_connector_class(config) is AslConnector
+    assert KVConnectorFactory.supports_hma_config(config)
+
+
+def test_kv_offloading_takes_the_connectors_name() -> None:
+    """Why --kv-offloading-size cannot be combined with a policy."""
+    config = engine_config(kv_offloading_size=1)
+    assert config.kv_transfer_config is not None
+    assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+def test_model_config_fields() -> None:
+    config = engine_config().model_config
+    assert isinstance(config, ModelConfig)
+    assert config.runner_type == "generate"
+    for name in (
+        "is_encoder_decoder",
+        "supports_multimodal_inputs",
+        "use_mla",
+        "is_hybrid",
+        "is_attention_free",
+        "has_inner_state",
+    ):
+        assert getattr(config, name) is False, name
+    assert config.get_sliding_window() is None
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert config.hf_text_config.num_hidden_layers == 10
+    assert config.get_hidden_size() == 128
+    assert config.max_model_len == 256
+
+
+def test_number_of_layers() -> None:
+    config = engine_config()
+    assert parameters(ModelConfig.get_num_layers)[:2] == ("self", "parallel_config")
+    assert config.model_config.get_num_layers(config.parallel_config) == 10
+
+
+def test_parallel_config_fields() -> None:
+    config = engine_config().parallel_config
+    assert isinstance(config, ParallelConfig)
+    for name in (
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        assert getattr(config, name) == 1, name
+    assert config.enable_expert_parallel is False
+    assert config.use_ubatching is False
+    assert config.local_engines_only is False
+    assert config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def test_other_configuration_fields() -> None:
+    config = engine_config(
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        }
+    )
+    assert isinstance(config.speculative_config, SpeculativeConfig)
+    assert config.speculative_config.method == "ngram"
+    assert config.num_speculative_tokens == 2
+    assert config.lora_config is None
+    assert config.scheduler_config.max_num_batched_tokens > 0
+    assert config.scheduler_config.max_num_seqs > 0
+    assert hasattr(config.compilation_config, "max_cudagraph_capture_size")
+    assert config.cache_config.block_size == 128
+    assert config.cache_config.num_gpu_blocks is None
+
+
+def test_rust_front_end_switch() -> None:
+    assert vllm.envs.VLLM_USE_RUST_FRONTEND is False

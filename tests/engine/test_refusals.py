@@ -1,0 +1,523 @@
+"""Combinations that a policy refuses at start-up, each with a way out."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import KVTransferConfig, VllmConfig
+
+from asl_vllm.config import AslConfig, ConfigError
+from asl_vllm.engine import compat, launch
+from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES, UnsupportedError
+from tests.vllm_configs import (
+    LLAMA_SIZES,
+    TINY_MODEL,
+    engine_args,
+    engine_config,
+    model_dir,
+)
+
+ASL = {"policy": "asl"}
+LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 240,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MISTRAL = {**LLAMA_SIZES, "architectures": ["MistralForCausalLM"]}
+MISTRAL_SLIDING = {**MISTRAL, "model_type": "mistral", "sliding_window": 64}
+QWEN2 = {**LLAMA_SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN2_SLIDING = {
+    **QWEN2,
+    "use_sliding_window": True,
+    "sliding_window": 64,
+    "max_window_layers": 2,
+}
+DEEPSEEK = {
+    **LLAMA_SIZES,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+MAMBA = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "vocab_size": 240,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+}
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "vocab_size": 240,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+}
+QWEN2_AUDIO = {
+    "architectures": ["Qwen2AudioForConditionalGeneration"],
+    "model_type": "qwen2_audio",
+    "text_config": {"model_type": "qwen2", **LLAMA_SIZES},
+    "audio_config": {
+        "d_model": 64,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+    },
+}
+
+
+@dataclass
+class Refused:
+    """A combination, and the parts that the refusal must have."""
+
+    row: str
+    """First cell of its row in docs/limits.md."""
+    needed: str
+    got: str
+    remedy: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of EngineArgs."""
+    model: dict[str, Any] | None = None
+    """A config.json; None: the tiny retriever's."""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.row
+
+
+REFUSED = [
+    Refused(
+        "Pipeline parallelism",
+        needed="all layers on each rank",
+        got="--pipeline-parallel-size 2",
+        remedy="use --tensor-parallel-size",
+        arguments={"pipeline_parallel_size": 2},
+    ),
+    Refused(
+        "Decode context parallelism",
+        needed="whole sequences on each rank",
+        got="--decode-context-parallel-size 2",
+        remedy="leave it at 1",
+        arguments={"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+    ),
+    Refused(
+        "Speculative decoding other than n-gram",
+        needed="speculation that reads no hidden states or KV cache",
+        got="'draft_model'",
+        remedy='use {"method": "ngram"} or drop --speculative-config',
+        arguments={
+            "speculative_config": {
+                "method": "draft_model",
+                "model": str(TINY_MODEL),
+                "num_speculative_tokens": 2,
+            }
+        },
+    ),
+    Refused(
+        "LoRA adapters",
+        needed="one set of weights",
+        got="--enable-lora",
+        remedy="merge the adapter",
+        arguments={"enable_lora": True},
+    ),
+    Refused(
+        "Another KV connector",
+        needed="the engine's one KV connector",
+        got="'ExampleConnector'",
+        remedy="drop --kv-transfer-config",
+        arguments={
+            "kv_transfer_config": KVTransferConfig(
+                kv_connector="ExampleConnector", kv_role="kv_both"
+            )
+        },
+    ),
+    Refused(
+        "Another worker class",
+        needed="vLLM's CPU or GPU worker",
+        got="'some.other.Worker'",
+        remedy="drop --worker-cls",
+        arguments={"worker_cls": "some.other.Worker"},
+    ),
+    Refused(
+        "The Rust front end",
+        needed="the Python API server",
+        got="VLLM_USE_RUST_FRONTEND=1",
+        remedy="unset it",
+        environment={"VLLM_USE_RUST_FRONTEND": "1"},
+    ),
+    Refused(
+        "Pooling models",
+        needed="a generative model",
+        got="'pooling'",
+        remedy="choose another model",
+        arguments={"runner": "pooling"},
+    ),
+    Refused(
+        "Encoder-decoder models",
+        needed="a decoder-only model",
+        got="an encoder-decoder model",
+        remedy="choose another model",
+        model=WHISPER,
+    ),
+    Refused(
+        "Multimodal models",
+        needed="text prompts",
+        got="a multimodal model",
+        remedy="choose another model",
+        model=QWEN2_AUDIO,
+    ),
+    Refused(
+        "Multi-head latent attention (MLA)",
+        needed="ordinary KV heads",
+        got="multi-head latent attention",
+        remedy="choose another model",
+        model=DEEPSEEK,
+    ),
+    Refused(
+        "State-space and hybrid models",
+        needed="attention in every layer",
+        got="state-space layers",
+        remedy="choose another model",
+        model=MAMBA,
+    ),
+    Refused(
+        "Sliding-window and chunked attention",
+        needed="full attention in every layer",
+        got="sliding-window attention",
+        remedy="choose another model",
+        model=MISTRAL_SLIDING,
+    ),
+    Refused(
+        "Sliding-window and chunked attention",
+        needed="full attention in every layer",
+        got="sliding_attention",
+        remedy="choose another model",
+        model=QWEN2_SLIDING,
+    ),
+    Refused(
+        "Other architectures",
+        needed="one of LlamaForCausalLM, MistralForCausalLM",
+        got="GPT2LMHeadModel",
+        remedy="choose another model",
+        model=GPT2,
+    ),
+]
+# Not refused as they should be yet.
+OVERLOOKED = [
+    Refused(
+        "Another KV connector",
+        needed="the engine's one KV connector",
+        got="OffloadingConnector",
+        remedy="drop --kv-offloading-size",
+        arguments={"kv_offloading_size": 1},
+    ),
+    Refused(
+        "Another KV connector",
+        needed="the engine's one KV connector",
+        got="'ExampleConnector'",
+        remedy="drop --kv-transfer-config",
+        arguments={
+            "kv_transfer_config": {
+                "kv_connector": "ExampleConnector",
+                "kv_role": "kv_both",
+            }
+        },
+    ),
+    Refused(
+        "Other architectures",
+        needed="one of LlamaForCausalLM, MistralForCausalLM",
+        got="TransformersForCausalLM",
+        remedy="choose another model",
+        arguments={"model_impl": "transformers"},
+    ),
+]
+OVERLOOKED_MARK = pytest.mark.xfail(strict=True, reason="not recognised yet")
+ALL = [*REFUSED, *(pytest.param(c, marks=OVERLOOKED_MARK) for c in OVERLOOKED)]
+
+
+@dataclass
+class Changed:
+    """A combination that vLLM refuses by itself, or cannot express, on a CPU.
+
+    It is made by changing a field of a valid configuration.
+    """
+
+    row: str
+    why: str
+    section: str
+    fields: dict[str, Any]
+    needed: str
+    got: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return self.row
+
+
+CHANGED = [
+    Changed(
+        "Prefill context parallelism",
+        why="vLLM's V1 model runner, the CPU's, refuses it first",
+        section="parallel_config",
+        fields={"prefill_context_parallel_size": 2},
+        needed="whole sequences on each rank",
+        got="--prefill-context-parallel-size 2",
+        remedy="leave it at 1",
+    ),
+    Changed(
+        "Expert parallelism across data-parallel ranks",
+        why="vLLM refuses it for models without experts, and those with are not "
+        "among the supported architectures",
+        section="parallel_config",
+        fields={"enable_expert_parallel": True, "data_parallel_size": 2},
+        needed="ranks that need not run the same passes",
+        got="--enable-expert-parallel across data-parallel ranks",
+        remedy="drop --enable-expert-parallel or data parallelism",
+    ),
+    Changed(
+        "Dual-batch overlap",
+        why="vLLM switches it off on a CPU",
+        section="parallel_config",
+        fields={"enable_dbo": True},
+        needed="one batch a step",
+        got="dual-batch overlap",
+        remedy="drop --enable-dbo",
+    ),
+]
+
+
+def make_model(case: Refused, folder: Path) -> str:
+    if case.model is None:
+        return str(TINY_MODEL)
+    return model_dir(folder / "model", **case.model)
+
+
+def assert_says(message: str, needed: str, got: str, remedy: str) -> None:
+    found = re.fullmatch(
+        r"--kv-policy needs (?P<needed>.+); got (?P<got>.+)\. "
+        r"Remedy: (?P<remedy>.+), or start with --kv-policy none\.",
+        message,
+    )
+    assert found, message
+    assert needed in found["needed"]
+    assert got in found["got"]
+    assert remedy in found["remedy"]
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_refused_with_a_policy(
+    case: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    model = make_model(case, tmp_path)
+    with pytest.raises(UnsupportedError) as refused:
+        engine_config(ASL, model=model, **case.arguments)
+    assert_says(str(refused.value), case.needed, case.got, case.remedy)
+
+
+@pytest.mark.parametrize("policy", [None, {"policy": "none"}], ids=["no", "none"])
+@pytest.mark.parametrize("case", [*REFUSED, *OVERLOOKED], ids=str)
+def test_accepted_without_a_policy(
+    case: Refused,
+    policy: dict[str, Any] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    model = make_model(case, tmp_path)
+    config = engine_config(policy, model=model, **case.arguments)
+    assert "asl_vllm" not in str(config.parallel_config.worker_cls)
+
+
+def changed(config: VllmConfig, case: Changed) -> VllmConfig:
+    """A copy of the configuration with the case's fields."""
+    section = copy.copy(getattr(config, case.section))
+    for name, value in case.fields.items():
+        assert hasattr(section, name), f"{case.section} has no {name}"
+        setattr(section, name, value)
+    config = copy.copy(config)
+    setattr(config, case.section, section)
+    return config
+
+
+@pytest.mark.parametrize("case", CHANGED, ids=str)
+def test_refused_where_vllm_on_a_cpu_cannot_express_it(case: Changed) -> None:
+    valid = engine_config(ASL)
+    compat.check(valid, AslConfig(policy="asl"))
+    with pytest.raises(UnsupportedError) as refused:
+        compat.check(changed(valid, case), AslConfig(policy="asl"))
+    assert_says(str(refused.value), case.needed, case.got, case.remedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"selection_layer": 10},
+            ("selection_layer: got 10", "0 to 9", "10 layers"),
+        ),
+        ({"l_min": 10}, ("l_min: got 10", "to 9", "10 layers")),
+        ({"selection_layer": 3, "l_min": 99}, ("l_min: got 99",)),
+        ({"budget": 63}, ("--kv-budget", "got 63", "at least 64", "raise it to 64")),
+        ({"budget": 0}, ("--kv-budget", "got 0", "positive")),
+        ({"budget": 1.5}, ("--kv-budget", "got 1.5", "up to 1.0")),
+        ({"budget": float("nan")}, ("--kv-budget", "got nan")),
+        ({"budget": True}, ("--kv-budget", "got True", "a JSON number or null")),
+        ({"budget": "64"}, ("--kv-budget", "got '64'", "a JSON number or null")),
+        ({"budjet": 64}, ("unknown key(s) budjet", "allowed: ")),
+        ({"window": 0}, ("window: got 0", "1 to 64")),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(
+    options: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        engine_config({**ASL, **options}, block_size=32)
+    for part in said:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection_layer": 9},
+        {"l_min": 9},
+        {"l_obs": 99},
+        {"budget": 64},
+        {"budget": 0.001},
+        {"budget": 1.0},
+        {"policy": "snapkv"},
+    ],
+    ids=str,
+)
+def test_options_at_their_bounds_are_accepted(options: dict[str, Any]) -> None:
+    config = engine_config({**ASL, **options}, block_size=32)
+    assert config.kv_transfer_config is not None
+    assert config.kv_transfer_config.kv_connector == "AslConnector"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**LLAMA_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        {**MISTRAL, "model_type": "mistral", "sliding_window": None},
+        QWEN2,
+        {**LLAMA_SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    ],
+    ids=lambda model: model["architectures"][0],
+)
+def test_each_supported_architecture_is_accepted(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
+    assert set(model["architectures"]) <= SUPPORTED_ARCHITECTURES
+    config = engine_config(ASL, model=model_dir(tmp_path / "model", **model))
+    assert config.parallel_config.worker_cls == "asl_vllm.engine.worker.AslCpuWorker"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 2,
+                "prompt_lookup_max": 3,
+            }
+        },
+        {"enable_prefix_caching": False},
+        {"enable_chunked_prefill": True},
+        {"kv_cache_dtype": "fp8"},
+        {"async_scheduling": True},
+    ],
+    ids=str,
+)
+def test_what_works_with_a_policy_is_accepted(arguments: dict[str, Any]) -> None:
+    config = engine_config(ASL, **arguments)
+    assert config.parallel_config.worker_cls == "asl_vllm.engine.worker.AslCpuWorker"
+
+
+def test_a_configuration_can_be_made_twice() -> None:
+    """``vllm serve`` makes one for the front end and one for the engine."""
+    args = engine_args(ASL)
+    first, second = (args.create_engine_config() for _ in range(2))
+    assert first.parallel_config.worker_cls == second.parallel_config.worker_cls
+    assert first.kv_transfer_config is not None
+    assert second.kv_transfer_config is not None
+    assert second.kv_transfer_config.kv_connector == "AslConnector"
+
+
+def rows_of_limits() -> set[str]:
+    lines = LIMITS.read_text().splitlines()
+    return {line.split("|")[1].strip() for line in lines if line.startswith("|")}
+
+
+@pytest.mark.parametrize(
+    "row", sorted({case.row for case in [*REFUSED, *OVERLOOKED, *CHANGED]})
+)
+def test_each_is_a_row_of_the_limits(row: str) -> None:
+    assert row in rows_of_limits()
+
+
+def texts_of_refusals() -> set[str]:
+    """How what is needed begins, of every refusal in compat.py and launch.py."""
+    texts = set()
+    for module in (compat, launch):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
+                needed = node.value.elts[0]
+            elif isinstance(node, ast.Call) and len(node.args) == 3:
+                needed = node.args[0]
+            else:
+                continue
+            if isinstance(needed, ast.JoinedStr):
+                needed = needed.values[0]
+            if isinstance(needed, ast.Constant):
+                texts.add(needed.value)
+    return texts
+
+
+def test_every_refusal_of_the_code_is_tried_here() -> None:
+    texts = texts_of_refusals()
+    assert {"all layers on each rank", "the engine's one KV connector"} <= texts
+    tried = [case.needed for case in (*REFUSED, *CHANGED)]
+    untried = {
+        text
+        for text in texts
+        if not any(text.startswith(n) or n.startswith(text) for n in tried)
+    }
+    assert not untried
