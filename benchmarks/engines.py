@@ -67,7 +67,7 @@ class EngineProcess:
         max_tokens: int = 1,
         budget: int | None = None,
     ) -> tuple[float, dict[str, Any] | None]:
-        """Seconds to answer all prompts, and the first reply's ``kv_transfer_params``."""
+        """Seconds to answer all, and the first reply's ``kv_transfer_params``."""
         self._connection.send(([list(p) for p in prompts], max_tokens, budget))
         seconds, params = self._connection.recv()
         return seconds, params

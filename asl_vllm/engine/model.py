@@ -65,7 +65,7 @@ class VllmDecoder:
         self._layers = list(model.model.layers)
         self._attentions = attention_layers(model)
         self._scratch = scratch
-        stock: Any = self._attentions[0].attn_backend.stock  # type: ignore[attr-defined]
+        stock: Any = self._attentions[0].attn_backend.stock
         # A builder of our own: the runner's may own buffers of captured graphs.
         self._builder = stock.get_builder_cls()(
             spec,
@@ -113,13 +113,13 @@ class VllmDecoder:
     ) -> None:
         """See `DecoderModel.write_kept`."""
         attention = self._attentions[layer]
-        attention.impl.do_kv_cache_update(  # type: ignore[attr-defined]
+        attention.impl.do_kv_cache_update(
             attention, keys, values, attention.kv_cache, slots
         )
 
     def attention_scale(self, layer: int) -> float:
         """See `DecoderModel.attention_scale`."""
-        scale: float = self._attentions[layer].impl.scale  # type: ignore[attr-defined]
+        scale: float = self._attentions[layer].impl.scale
         return scale
 
     def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:

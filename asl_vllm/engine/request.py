@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -203,7 +204,7 @@ def _add_field(model: type) -> None:
     """Adds ``kv_budget`` to a pydantic request model; idempotent."""
     fields = model.model_fields  # type: ignore[attr-defined]
     if BUDGET_FIELD not in fields:
-        info = Field(
+        info: FieldInfo = Field(  # type: ignore[assignment]
             default=None, description=_FIELD_HELP, json_schema_extra=_FIELD_SCHEMA
         )
         info.annotation = Any

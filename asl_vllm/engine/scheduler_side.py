@@ -48,7 +48,9 @@ class SchedulerSide:
         assert isinstance(manager, PrunedBlocksManager)
         self._blocks = manager
         # The pool counts the null block, which holds nothing.
-        pool_tokens = (kv_cache_manager.block_pool.num_gpu_blocks - 1) * self._block_size
+        pool_tokens = (
+            kv_cache_manager.block_pool.num_gpu_blocks - 1
+        ) * self._block_size
         if pool_tokens < self._max_model_len:
             logger.info(
                 "asl_vllm: the KV pool holds %d tokens; prompts of %d to %d tokens are "

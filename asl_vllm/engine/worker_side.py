@@ -38,7 +38,9 @@ class WorkerSide:
             else:
                 self._reports[outcome.request_id] = outcome.report
 
-    def take_results(self, finished_request_ids: set[str]) -> KVConnectorTransferResults:
+    def take_results(
+        self, finished_request_ids: set[str]
+    ) -> KVConnectorTransferResults:
         """What ended since the last call, jobs of finished requests included."""
         assert self.queue is not None
         for request_id in finished_request_ids:

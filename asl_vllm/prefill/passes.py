@@ -148,9 +148,7 @@ class Prefill:
         if decision.propagated is not None:
             deeper = decision.propagated
             hidden = self._buffers.hidden
-            hidden[: len(deeper)].copy_(
-                gather_tokens(hidden[: self._num_rows], deeper)
-            )
+            hidden[: len(deeper)].copy_(gather_tokens(hidden[: self._num_rows], deeper))
             self._positions = self._positions[deeper]
             self._num_rows = len(deeper)
             self._selection_layer = self._layer

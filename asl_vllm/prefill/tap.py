@@ -7,7 +7,7 @@ import torch
 from asl_vllm.prefill.buffers import PrefillBuffers
 
 
-class KeysTaken(Exception):  # noqa: N818 - a signal, not an error
+class KeysTaken(Exception):
     """Raised out of a layer whose output nobody needs, once its keys are taken."""
 
 

@@ -53,7 +53,7 @@ def test_a_worker_is_named_after_plugins_are_loaded() -> None:
     )
 
 
-def test_small_helpers() -> None:
+def test_small_utilities() -> None:
     assert [cdiv(n, 32) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
     assert format_gib(3 << 29) == "1.5"
     assert resolve_obj_by_qualname("vllm.utils.math_utils.cdiv") is cdiv

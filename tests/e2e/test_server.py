@@ -176,7 +176,9 @@ def test_the_field_is_documented(pruning: Server) -> None:
 
 def test_many_clients_at_once(pruning: Server) -> None:
     """Budgets of all kinds side by side; each answer is right and none is lost."""
-    asked = [(needle(50 + i, 300 + 60 * i), b) for i in range(6) for b in (None, 96, 128)]
+    asked = [
+        (needle(50 + i, 300 + 60 * i), b) for i in range(6) for b in (None, 96, 128)
+    ]
 
     def ask(item: Any) -> bool:
         prompt, budget = item

@@ -110,6 +110,13 @@ def test_deeper_layers_see_the_selected_tokens_at_their_positions() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
+def test_only_the_last_layers_output_is_not_needed(way: dict[str, object]) -> None:
+    """`ToyDecoder` makes it NaN, which no later score would survive."""
+    for call in run(job(), **way).model.calls:
+        assert call.keys_only == (call.layer == LAYERS - 1)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_slots_are_written_once_a_layer_and_the_last_row_never(
     way: dict[str, object],
 ) -> None:

@@ -41,6 +41,7 @@ class Call:
     layer: int
     start: int
     positions: list[int]
+    keys_only: bool
 
 
 @dataclass
@@ -92,7 +93,7 @@ class ToyDecoder:
         tap: LayerTap,
     ) -> None:
         assert len(positions) == len(hidden)
-        self.calls.append(Call(layer, start, positions.tolist()))
+        self.calls.append(Call(layer, start, positions.tolist(), tap.keys_only))
         turn = 1 + 0.01 * positions[:, None, None]
         q = turn * self._project(self.w_q[layer], hidden, self.shape.num_heads)
         k = turn * self._project(self.w_k[layer], hidden, self.shape.num_kv_heads)
@@ -112,6 +113,8 @@ class ToyDecoder:
             k = torch.full_like(k, float("nan"))
         tap.on_query(padded(q))
         tap.on_kv(padded(k), padded(v))
+        if tap.keys_only:
+            hidden.fill_(float("nan"))  # it may be anything then
 
     # Products are summed elementwise and over a fixed width: a matrix product may
     # round otherwise for another number of rows.

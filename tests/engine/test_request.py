@@ -1,0 +1,195 @@
+"""What a request with or without a budget is checked for before it is admitted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from asl_vllm.engine.request import check_request, usable_blocks
+from asl_vllm.engine.settings import config_of
+from tests.vllm_configs import engine_config
+
+BLOCK = 32
+POOL = 10
+"""Blocks that requests can hold: 320 tokens."""
+
+
+def config(blocks: int | None = POOL, **options: Any) -> VllmConfig:
+    """A pruning engine whose smallest budget is 40 and longest prompt 1024."""
+    made = engine_config(
+        {"policy": "asl", "window": 8, **options}, max_model_len=1024, block_size=BLOCK
+    )
+    made.cache_config.num_gpu_blocks = None if blocks is None else blocks + 1
+    return made
+
+
+def request(
+    tokens: int, budget: Any = None, *, more: dict[str, Any] | None = None, **kw: Any
+) -> EngineCoreRequest:
+    extra = None if budget is None else {"kv_budget": budget}
+    fields: dict[str, Any] = {
+        "request_id": "a",
+        "prompt_token_ids": [7] * tokens,
+        "mm_features": None,
+        "pooling_params": None,
+        "arrival_time": 0.0,
+        "lora_request": None,
+        "cache_salt": None,
+        "data_parallel_rank": None,
+        "sampling_params": SamplingParams(**{"max_tokens": 8, **kw}, extra_args=extra),
+    }
+    return EngineCoreRequest(**{**fields, **(more or {})})
+
+
+def check(made: VllmConfig, asked: EngineCoreRequest) -> SamplingParams:
+    check_request(made, config_of(made), asked)
+    assert asked.sampling_params is not None
+    return asked.sampling_params
+
+
+def refusal(made: VllmConfig, asked: EngineCoreRequest) -> VLLMValidationError:
+    with pytest.raises(VLLMValidationError) as refused:
+        check(made, asked)
+    return refused.value
+
+
+PRUNABLE = [
+    ({"prompt_logprobs": 1}, {}, "prompt_logprobs"),
+    ({}, {"prompt_embeds": torch.zeros(200, 4), "prompt_token_ids": None}, "embed"),
+    ({}, {"mm_features": [object()]}, "multimodal"),
+    ({}, {"resumable": True}, "streamed input"),
+]
+
+
+@pytest.mark.parametrize(("sampling", "more", "said"), PRUNABLE)
+def test_what_a_pruned_prompt_cannot_give_is_refused(
+    sampling: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    error = refusal(config(), request(200, 64, more=more, **sampling))
+    assert error.parameter == "kv_budget"
+    assert said in str(error)
+    assert "kv_budget=1.0 prunes nothing" in str(error)
+
+
+@pytest.mark.parametrize(("sampling", "more", "said"), PRUNABLE)
+@pytest.mark.parametrize("budget", [None, 1.0, 500])
+def test_a_prompt_that_is_not_pruned_may_have_it(
+    budget: Any, sampling: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    check(config(), request(200, budget, more=more, **sampling))
+
+
+@pytest.mark.xfail(strict=True, reason="prompt_logprob_token_ids are overlooked")
+def test_prompt_logprob_token_ids_are_refused_too() -> None:
+    refusal(config(), request(200, 64, prompt_logprob_token_ids=[[1]] * 199))
+
+
+def test_a_default_budget_counts_like_a_requests_own() -> None:
+    error = refusal(config(budget=64), request(200, prompt_logprobs=1))
+    assert error.parameter == "kv_budget"
+
+
+def test_prompts_beyond_the_reserved_memory_are_refused() -> None:
+    made = config(blocks=None, max_prefill_tokens=300)
+    check(made, request(300, 64))
+    check(made, request(301))
+    message = str(refusal(made, request(301, 64)))
+    assert "301 tokens" in message
+    assert "up to 300 (max_prefill_tokens)" in message
+
+
+def test_a_pruned_request_meets_the_connector() -> None:
+    params = check(config(), request(200, 64, skip_reading_prefix_cache=True))
+    assert params.skip_reading_prefix_cache is False
+    params = check(config(), request(200, 1.0, skip_reading_prefix_cache=True))
+    assert params.skip_reading_prefix_cache is True
+
+
+def test_before_the_pool_is_known_nothing_is_measured() -> None:
+    params = check(config(blocks=None), request(900, max_tokens=100))
+    assert params.max_tokens == 100
+
+
+def test_a_prompt_that_fits_only_pruned() -> None:
+    made = config()
+    check(made, request(320, max_tokens=1))
+    message = str(refusal(made, request(321, max_tokens=1)))
+    assert "321 prompt tokens do not fit the KV pool of 320 tokens" in message
+    assert "kv_budget of 40 to 320" in message
+    check(made, request(900, 320, max_tokens=1))
+    check(made, request(900, 64))
+
+
+def test_a_prompt_that_does_not_even_fit_pruned() -> None:
+    message = str(refusal(config(), request(900, 600)))
+    assert "do not fit the KV pool of 320 tokens" in message
+
+
+def test_max_tokens_beyond_the_pool_are_refused() -> None:
+    made = config()
+    # The last generated token is not written.
+    assert check(made, request(300, max_tokens=21)).max_tokens == 21
+    error = refusal(made, request(300, max_tokens=22))
+    assert error.parameter == "max_tokens"
+    assert "Lower max_tokens to 21" in str(error)
+
+
+def test_max_tokens_up_to_the_models_length_are_lowered() -> None:
+    made = config()
+    assert check(made, request(300, max_tokens=724)).max_tokens == 21
+    # 900 - 64 is 26.1 blocks: 27 go, 36 tokens stay.
+    assert check(made, request(900, 64, max_tokens=124)).max_tokens == 124
+    params = check(made, request(300, max_tokens=724, min_tokens=50))
+    assert (params.max_tokens, params.min_tokens) == (21, 21)
+
+
+def test_without_a_policy_nothing_is_checked() -> None:
+    made = engine_config(max_model_len=1024, block_size=BLOCK)
+    made.cache_config.num_gpu_blocks = 2
+    params = check(made, request(900, prompt_logprobs=1, max_tokens=500))
+    assert params.max_tokens == 500
+
+
+def test_usable_blocks() -> None:
+    assert usable_blocks(config(blocks=None)) is None
+    assert usable_blocks(config(10)) == 10
+
+
+def test_a_front_end_of_several_engines_shares_their_sum() -> None:
+    made = config()
+    made.parallel_config.data_parallel_size = 4
+    made.cache_config.num_gpu_blocks = 4 * (POOL + 1)
+    assert usable_blocks(made) == POOL
+
+
+@pytest.mark.xfail(strict=True, reason="divided by the engines of all front ends")
+@pytest.mark.parametrize("balancer", ["external", "hybrid"])
+def test_a_front_end_of_some_engines_shares_their_sum(balancer: str) -> None:
+    made = config()
+    parallel = made.parallel_config
+    parallel.data_parallel_size = 4
+    parallel.data_parallel_size_local = 2
+    setattr(parallel, f"data_parallel_{balancer}_lb", True)
+    assert parallel.local_engines_only
+    made.cache_config.num_gpu_blocks = 2 * (POOL + 1)
+    assert usable_blocks(made) == POOL
+
+
+def test_drafted_tokens_take_blocks_too() -> None:
+    made = engine_config(
+        {"policy": "asl"},
+        block_size=BLOCK,
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        },
+    )
+    made.cache_config.num_gpu_blocks = POOL + 1
+    assert usable_blocks(made) == POOL - 1
