@@ -149,3 +149,9 @@ def install() -> None:
     """Overrides the backends' enum entries in this process; idempotent."""
     for name in WRAPPED_BACKENDS:
         register_backend(AttentionBackendEnum[name], f"{__name__}.Asl_{name}")
+
+
+def uninstall() -> None:
+    """Takes the overrides back; layers that exist keep their backend."""
+    for name in WRAPPED_BACKENDS:
+        AttentionBackendEnum[name].clear_override()

@@ -59,7 +59,7 @@ def parse_config_option(text: str) -> dict[str, Any]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options; defaults are read from `AslConfig`."""
     group = parser.add_argument_group(
-        title="asl_vllm",
+        title="AslConfig",
         description="Pruning of a prompt's KV cache to a per-request budget.",
     )
     group.add_argument(
@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=POLICY_NAMES,
         default=_DEFAULT.policy,
         help="How the tokens to keep are chosen for requests with a kv_budget; "
-        "none leaves vLLM as it is. (default: %(default)s)",
+        "none leaves vLLM as it is.",
     )
     group.add_argument(
         "--kv-budget",
@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULT.budget,
         metavar="DEFAULT",
         help="kv_budget of requests that name none: tokens kept per layer, or a "
-        "share of the prompt in (0, 1]. (default: no pruning)",
+        "share of the prompt in (0, 1]. None prunes nothing.",
     )
     group.add_argument(
         "--kv-policy-config",

@@ -110,25 +110,27 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if model.get_sliding_window() is not None or odd:
         got = ", ".join(odd) or "sliding-window attention"
         yield ("full attention in every layer", got, remedy)
-    if not SUPPORTED_ARCHITECTURES & set(model.architectures):
+    # The class that vLLM resolved to, not what the checkpoint names.
+    if model.architecture not in SUPPORTED_ARCHITECTURES:
         yield (
             f"one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}",
-            ", ".join(model.architectures),
+            model.architecture,
             remedy,
         )
 
 
 def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
     num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    for name, layer in (
-        ("selection_layer", config.selection_layer),
-        ("l_min", config.resolved_l_min(num_layers)),
-    ):
-        if layer is not None and layer >= num_layers:
-            raise ConfigError(
-                f"{name}: got {layer}; allowed: 0 to {num_layers - 1} for this model "
-                f"of {num_layers} layers."
-            )
+    # A fixed selection layer leaves l_min without a meaning.
+    fixed = config.selection_layer
+    name, layer = (
+        ("l_min", config.l_min) if fixed is None else ("selection_layer", fixed)
+    )
+    if layer is not None and layer >= num_layers:
+        raise ConfigError(
+            f"{name}: got {layer}; allowed: up to {num_layers - 1} for this model of "
+            f"{num_layers} layers."
+        )
     minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)
     try:
         validate_budget(config.budget, minimum=minimum)

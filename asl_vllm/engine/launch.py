@@ -6,6 +6,7 @@ Touch point: wraps ``EngineArgs.create_engine_config``, the one place through wh
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
@@ -37,7 +38,15 @@ def connector_config() -> KVTransferConfig:
 def _take_connector(engine_args: EngineArgs) -> None:
     from asl_vllm.engine.compat import UnsupportedError
 
+    if engine_args.kv_offloading_size is not None:
+        raise UnsupportedError(
+            "the engine's one KV connector",
+            "--kv-offloading-size, which is an OffloadingConnector",
+            "drop --kv-offloading-size",
+        )
     existing = engine_args.kv_transfer_config
+    if isinstance(existing, dict):
+        existing = KVTransferConfig(**existing)
     if existing is None:
         engine_args.kv_transfer_config = connector_config()
     elif existing.kv_connector_module_path != CONNECTOR_MODULE:
@@ -64,6 +73,13 @@ def _take_worker(vllm_config: VllmConfig) -> None:
     parallel.worker_cls = WORKERS[parallel.worker_cls]
 
 
+def _release_backends() -> None:
+    """Gives a later engine of this process, without a policy, stock attention."""
+    attention = sys.modules.get("asl_vllm.engine.attention")
+    if attention is not None:
+        attention.uninstall()
+
+
 def install() -> None:
     """Wraps ``EngineArgs.create_engine_config``; idempotent."""
 
@@ -74,6 +90,8 @@ def install() -> None:
             config = config_of_additional(self.additional_config)
             if config.enabled:
                 _take_connector(self)
+            else:
+                _release_backends()
             vllm_config = original(self, *args, **kwargs)
             if config.enabled:
                 from asl_vllm.engine import compat

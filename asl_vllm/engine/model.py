@@ -119,7 +119,11 @@ class VllmDecoder:
 
     def attention_scale(self, layer: int) -> float:
         """See `DecoderModel.attention_scale`."""
-        scale: float = self._attentions[layer].impl.scale
+        attention: Any = self._attentions[layer]
+        scale: float = attention.impl.scale
+        # With an FP8 cache some backends take queries divided by this.
+        if attention.query_quant is not None:
+            scale *= attention._q_scale_float
         return scale
 
     def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,10 @@ def _check_prunable(
     params = request.sampling_params
     assert params is not None
     reason = None
-    if params.prompt_logprobs is not None:
+    if (
+        params.prompt_logprobs is not None
+        or params.prompt_logprob_token_ids is not None
+    ):
         reason = "prompt_logprobs, which need every prompt token in every layer"
     elif request.prompt_embeds is not None:
         reason = "prompt embeddings"
@@ -191,13 +194,20 @@ def usable_blocks(vllm_config: VllmConfig) -> int | None:
     total = vllm_config.cache_config.num_gpu_blocks
     if not total:
         return None
-    # A front end adds up its engines' pools; block 0 of each is the null block.
-    engines = max(vllm_config.parallel_config.data_parallel_size, 1)
-    usable: int = total // engines - 1
+    # Block 0 of each engine's pool is the null block.
+    usable: int = total // _engines_behind(vllm_config) - 1
     if vllm_config.speculative_config is not None:
         drafted = 1 + vllm_config.num_speculative_tokens
         usable -= cdiv(drafted, vllm_config.cache_config.block_size)
     return usable
+
+
+def _engines_behind(vllm_config: VllmConfig) -> int:
+    """Engines whose pools vLLM adds up in this process's ``num_gpu_blocks``."""
+    parallel = vllm_config.parallel_config
+    if parallel.local_engines_only:
+        return max(parallel.data_parallel_size_local, 1)
+    return max(parallel.data_parallel_size, 1)
 
 
 def _add_field(model: type) -> None:

@@ -49,7 +49,7 @@ class Prefill:
         self._row = 0
         self._num_rows = job.num_prompt_tokens
         self._selection_layer: int | None = None
-        self._computed = 0
+        self.computed_token_layers = 0
         self._started = time.perf_counter()
         device = model.shape.device
         self._positions = torch.arange(job.num_prompt_tokens, device=device)
@@ -71,11 +71,13 @@ class Prefill:
         At least one pass runs and the last may overshoot by less than a chunk, so
         that chunk borders, and with them the arithmetic, never depend on load.
         """
-        spent = 0
-        while not self.done and (spent == 0 or spent < token_layers):
-            spent += self._run_pass()
-        self._computed += spent
-        return spent
+        before = self.computed_token_layers
+        while not self.done and (
+            self.computed_token_layers == before
+            or self.computed_token_layers - before < token_layers
+        ):
+            self._run_pass()
+        return self.computed_token_layers - before
 
     def report(self) -> PrefillReport:
         """The outcome, once `done`."""
@@ -85,12 +87,12 @@ class Prefill:
             selection_layer=self._selection_layer,
             kept_tokens=job.kept_tokens,
             pruned_tokens=job.pruned_tokens,
-            computed_token_layers=self._computed,
-            skipped_token_layers=full - self._computed,
+            computed_token_layers=self.computed_token_layers,
+            skipped_token_layers=full - self.computed_token_layers,
             seconds=time.perf_counter() - self._started,
         )
 
-    def _run_pass(self) -> int:
+    def _run_pass(self) -> None:
         if self._layer == 0 and self._row == 0:
             self._embed()
         start = self._row
@@ -99,6 +101,7 @@ class Prefill:
             self._tap.start_layer(self._num_rows, keys_only=last)
         end = min(start + self._chunk_tokens, self._num_rows)
         self._tap.start_chunk(start, end)
+        self.computed_token_layers += end - start
         self._model.run_layer(
             self._layer,
             self._positions[start:end],
@@ -109,7 +112,6 @@ class Prefill:
         self._row = end
         if end == self._num_rows:
             self._finish_layer()
-        return end - start
 
     def _embed(self) -> None:
         token_ids = torch.tensor(

@@ -61,16 +61,18 @@ class PrefillQueue:
         left = token_layers
         while len(self) and (left > 0 or not outcomes):
             job = self._running.job if self._running else self._waiting.popleft()
+            before = self._running.computed_token_layers if self._running else 0
             try:
                 if self._running is None:
                     self._running = self._start(job)
-                left -= self._running.advance(left)
+                self._running.advance(left)
                 if not self._running.done:
                     break
                 outcomes.append(PrefillOutcome(job.request_id, self._running.report()))
-                self._running = None
             except Exception as error:  # a job's error must not reach the others
                 logger.exception("pruned prefill of %s failed", job.request_id)
                 outcomes.append(PrefillOutcome(job.request_id, None, repr(error)))
-                self._running = None
+            if self._running is not None:
+                left -= self._running.computed_token_layers - before
+            self._running = None
         return outcomes

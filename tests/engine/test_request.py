@@ -85,7 +85,6 @@ def test_a_prompt_that_is_not_pruned_may_have_it(
     check(config(), request(200, budget, more=more, **sampling))
 
 
-@pytest.mark.xfail(strict=True, reason="prompt_logprob_token_ids are overlooked")
 def test_prompt_logprob_token_ids_are_refused_too() -> None:
     refusal(config(), request(200, 64, prompt_logprob_token_ids=[[1]] * 199))
 
@@ -168,7 +167,6 @@ def test_a_front_end_of_several_engines_shares_their_sum() -> None:
     assert usable_blocks(made) == POOL
 
 
-@pytest.mark.xfail(strict=True, reason="divided by the engines of all front ends")
 @pytest.mark.parametrize("balancer", ["external", "hybrid"])
 def test_a_front_end_of_some_engines_shares_their_sum(balancer: str) -> None:
     made = config()
