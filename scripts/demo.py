@@ -261,7 +261,7 @@ class Server:
 
     def __enter__(self) -> Server:
         self._log = tempfile.TemporaryFile()
-        # A session of its own: Ctrl-C reaches only us, and whatever the server
+        # A process group of its own: Ctrl-C reaches only us, and whatever the server
         # starts can be ended with it.
         self._process = subprocess.Popen(
             self._command,
@@ -269,7 +269,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             self._wait_until_ready()

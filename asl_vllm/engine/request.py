@@ -235,7 +235,24 @@ def _add_field(model: type) -> None:
 
         return to_sampling_params
 
+    def wrap_beam(original: Any) -> Any:
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Beam search makes requests of its own, which would not carry it.
+            budget = getattr(self, BUDGET_FIELD)
+            budget = (self.vllm_xargs or {}).get(BUDGET_FIELD, budget)
+            if budget is not None:
+                raise refuse(
+                    f"{BUDGET_FIELD} cannot be combined with beam search. Leave one "
+                    "of the two out.",
+                    repr(budget),
+                )
+            return original(self, *args, **kwargs)
+
+        return to_beam_search_params
+
     wrap_method(model, "to_sampling_params", ("self",), wrap)
+    if hasattr(model, "to_beam_search_params"):
+        wrap_method(model, "to_beam_search_params", ("self",), wrap_beam)
 
 
 def install() -> None:

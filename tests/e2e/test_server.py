@@ -166,6 +166,14 @@ def test_prompt_logprobs_need_the_whole_prompt(pruning: Server) -> None:
     assert send(pruning, "/v1/completions", 1.0, prompt_logprobs=1).status_code == 200
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_beam_search_does_not_prune(pruning: Server, path: str) -> None:
+    response = send(pruning, path, 64, use_beam_search=True, n=2)
+    assert_refused(response, "cannot be combined with beam search")
+    response = send(pruning, path, None, use_beam_search=True, n=2)
+    assert response.status_code == 200, response.text
+
+
 def test_the_field_is_documented(pruning: Server) -> None:
     schemas = pruning.http.get("/openapi.json").json()["components"]["schemas"]
     for name in ("CompletionRequest", "ChatCompletionRequest", "ResponsesRequest"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,37 @@ def answers(host: Engine, vocab: int, budgets: list[Any]) -> list[Any]:
     return seen
 
 
+def _answer(sink: Any, model: str, vocab: int, options: dict[str, Any]) -> None:
+    with engine(model, **options) as stock:
+        sink.send(answers(stock, vocab, [None, None, None]))
+    assert not [name for name in sys.modules if name.startswith("asl_vllm")]
+
+
+def stock_answers(
+    monkeypatch: pytest.MonkeyPatch, model: Path, vocab: int, options: dict[str, Any]
+) -> list[Any]:
+    """Answers of vLLM in a process that loads no plugin."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    context = multiprocessing.get_context("spawn")
+    source, sink = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sink, str(model), vocab, options))
+    process.start()
+    sink.close()
+    want: list[Any] = source.recv()
+    process.join()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert process.exitcode == 0
+    return want
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_pruning_equals_stock(random_model: Path, dtype: str) -> None:
+def test_without_pruning_equals_stock(
+    random_model: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
     model = random_model if dtype == "float32" else TINY_MODEL
     vocab = 512 if dtype == "float32" else 240
     options = {"dtype": dtype, "max_num_batched_tokens": 512}
-    with engine(model, **options) as stock:
-        want = answers(stock, vocab, [None, None, None])
+    want = stock_answers(monkeypatch, model, vocab, options)
     policy = {"policy": "asl", "window": 8}
     with engine(model, policy=policy, **options) as pruning:
         got = answers(pruning, vocab, [None, 1.0, 4096])
