@@ -21,6 +21,8 @@ def _host(connection: Connection, model: str, options: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if "additional_config" not in options:
+        os.environ["VLLM_PLUGINS"] = ""  # stock: no plugin is even loaded
     from vllm import LLM, SamplingParams
 
     llm = LLM(model, **options)

@@ -8,6 +8,7 @@ selection layer), times them in turn and prints a table and one line of JSON.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import EngineProcess, median_ratio
@@ -87,6 +89,7 @@ def parse_args() -> argparse.Namespace:
         default="float32",
         help="bfloat16 is emulated, and slow, on CPUs without AVX-512",
     )
+    parser.add_argument("--output", type=Path, help="file for the JSON as well")
     return parser.parse_args()
 
 
@@ -153,6 +156,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
         **{name: version(name) for name in ("torch", "vllm", "asl_vllm")},
         "dtype": args.dtype,
         "model": SHAPE,
@@ -185,7 +189,10 @@ def main() -> None:
                     f"{row['ours_s']:>8.3f} {row['ratio']:>6.3f}",
                     flush=True,
                 )
-    print(json.dumps({"machine": machine(args), "rows": rows}))
+    text = json.dumps({"machine": machine(args), "rows": rows})
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":
