@@ -104,7 +104,7 @@ class PrunedAttentionSpec(FullAttentionSpec):
             return stock
         # Until the pool is sized this only decides whether vLLM starts. A prompt of
         # max_model_len fits once pruned; one that is not is refused by itself
-        # (engine/request.py).
+        # (engine/admission.py).
         smallest = minimum_budget(config_of(vllm_config).window, self.block_size)
         blocks = cdiv(smallest, self.block_size) + 1
         return min(stock, blocks * self.page_size_bytes)

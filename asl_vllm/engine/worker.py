@@ -18,7 +18,7 @@ from asl_vllm.engine import attention, settings
 from asl_vllm.engine.blocks import PrunedAttentionSpec
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.model import VllmDecoder, shape_of
+from asl_vllm.engine.model import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.scratch import ScratchPages
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
 
@@ -69,6 +69,7 @@ class PrefillWorkerMixin:
         self._scratch.lay_out(
             cache_config.get_resolved_kv_cache_layout(), self._prefill_spec.block_size
         )
+        self._check_pages()
         decoder = VllmDecoder(
             self.model_runner.get_model(),
             self.vllm_config,
@@ -86,6 +87,19 @@ class PrefillWorkerMixin:
         connector = get_kv_transfer_group()
         assert isinstance(connector, AslConnector)
         connector.bind_prefill_queue(PrefillQueue(factory))
+
+    def _check_pages(self) -> None:
+        """Refuses pools whose blocks are split for the attention kernels."""
+        ours = tuple(self._scratch.pages.shape[1:])
+        for layer in attention_layers(self.model_runner.get_model()):
+            pool = tuple(layer.kv_cache.shape[1:])
+            if pool != ours:
+                raise UnsupportedError(
+                    "KV blocks that the attention kernels take whole",
+                    f"blocks of {self._prefill_spec.block_size} tokens, shape {ours}, "
+                    f"in kernel blocks of shape {pool}",
+                    "choose the kernels' --block-size",
+                )
 
     def _one_spec(self) -> AttentionSpec:
         """The spec that all layers share; refuses models whose layers differ."""

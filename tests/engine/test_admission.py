@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from asl_vllm.engine.request import check_request, usable_blocks
+from asl_vllm.engine.admission import check_request, usable_blocks
 from asl_vllm.engine.settings import config_of
 from tests.vllm_configs import engine_config
 

@@ -1,0 +1,178 @@
+"""Which requests a pruning server admits: their budget, their prompt, the pool.
+
+One validation for HTTP, ``vllm_xargs`` and offline requests (`engine/request.py`
+calls it). Whatever cannot run is refused with a 400 that says what to change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.utils.math_utils import cdiv
+from vllm.v1.engine import EngineCoreRequest
+
+from asl_vllm.config import AslConfig
+from asl_vllm.engine import settings
+from asl_vllm.engine.plan import BUDGET_FIELD, PrunePlan, asked_budget, plan_request
+from asl_vllm.selection.budget import BudgetError, minimum_budget, validate_budget
+
+
+def refuse(message: str, value: Any) -> VLLMValidationError:
+    """A 400 that names ``kv_budget``."""
+    return VLLMValidationError(message, parameter=BUDGET_FIELD, value=value)
+
+
+def check_budget(config: AslConfig, block_size: int, params: SamplingParams) -> None:
+    """Validates a request's own budget before its prompt is looked at.
+
+    Raises:
+        VLLMValidationError: the value is not allowed, or no policy is on, or the
+            request asks for something that a pruned prompt cannot give.
+    """
+    asked = asked_budget(params)
+    if asked is None:
+        return
+    if not config.enabled:
+        raise refuse(
+            f"{BUDGET_FIELD} was given, but this server prunes nothing: it was started "
+            f"without --kv-policy. Leave {BUDGET_FIELD} out or ask for a server with "
+            "a policy.",
+            repr(asked),
+        )
+    try:
+        validate_budget(asked, minimum=minimum_budget(config.window, block_size))
+    except BudgetError as error:
+        raise refuse(str(error), repr(asked)) from None
+
+
+def check_request(
+    vllm_config: VllmConfig, config: AslConfig, request: EngineCoreRequest
+) -> None:
+    """Checks a request against its prompt and the pool; may lower ``max_tokens``.
+
+    ``max_tokens`` is lowered only where it stands for "as many as fit", that is,
+    where it reaches up to ``max_model_len``.
+
+    Raises:
+        VLLMValidationError: the request can never run on this server.
+    """
+    params = request.sampling_params
+    if not config.enabled or params is None:
+        return
+    block_size = vllm_config.cache_config.block_size
+    prompt = request.prompt_token_ids
+    num_prompt_tokens = len(prompt if prompt is not None else request.prompt_embeds)
+    asked = asked_budget(params)
+    plan = plan_request(config, asked, num_prompt_tokens, block_size)
+    _cap_budget(vllm_config, params)
+    pruned = plan.pruned_tokens if plan else 0
+    if plan and pruned:
+        _check_prunable(vllm_config, request, plan)
+        # Pruned requests neither read nor fill the prefix cache; left set, this
+        # would make the scheduler ignore connectors.
+        params.skip_reading_prefix_cache = False
+    _check_fits(vllm_config, config, params, num_prompt_tokens, pruned)
+
+
+def _cap_budget(vllm_config: VllmConfig, params: SamplingParams) -> None:
+    """Bounds a budget beyond any prompt, so that it fits vLLM's messages."""
+    asked = asked_budget(params)
+    limit = vllm_config.model_config.max_model_len
+    if isinstance(asked, int) and asked > limit:
+        params.extra_args = {**(params.extra_args or {}), BUDGET_FIELD: limit}
+
+
+def _check_prunable(
+    vllm_config: VllmConfig, request: EngineCoreRequest, plan: PrunePlan
+) -> None:
+    params = request.sampling_params
+    assert params is not None
+    reason = None
+    if (
+        params.prompt_logprobs is not None
+        or params.prompt_logprob_token_ids is not None
+    ):
+        reason = "prompt_logprobs, which need every prompt token in every layer"
+    elif request.prompt_embeds is not None:
+        reason = "prompt embeddings"
+    elif request.mm_features:
+        reason = "multimodal inputs"
+    elif request.resumable:
+        reason = "streamed input"
+    if reason:
+        raise refuse(
+            f"{BUDGET_FIELD} cannot be combined with {reason}. Leave one of the two "
+            f"out; {BUDGET_FIELD}=1.0 prunes nothing.",
+            plan.budget,
+        )
+    capacity = settings.prefill_capacity(vllm_config)
+    if plan.num_prompt_tokens > capacity:
+        raise refuse(
+            f"the prompt has {plan.num_prompt_tokens} tokens; this server prunes "
+            f"prompts of up to {capacity} (max_prefill_tokens).",
+            plan.budget,
+        )
+
+
+def _check_fits(
+    vllm_config: VllmConfig,
+    config: AslConfig,
+    params: SamplingParams,
+    num_prompt_tokens: int,
+    pruned_tokens: int,
+) -> None:
+    pool_blocks = usable_blocks(vllm_config)
+    if pool_blocks is None:
+        return
+    block_size = vllm_config.cache_config.block_size
+    pool_tokens = pool_blocks * block_size
+    held = num_prompt_tokens - pruned_tokens
+    if cdiv(held, block_size) > pool_blocks:
+        minimum = minimum_budget(config.window, block_size)
+        raise refuse(
+            f"{held} prompt tokens do not fit the KV pool of {pool_tokens} tokens. "
+            f"Send a shorter prompt or a {BUDGET_FIELD} of {minimum} to {pool_tokens} "
+            "tokens.",
+            asked_budget(params),
+        )
+    # The last generated token is never written to the cache.
+    room = pool_tokens + pruned_tokens - num_prompt_tokens + 1
+    assert params.max_tokens is not None
+    if params.max_tokens <= room:
+        return
+    max_model_len = vllm_config.model_config.max_model_len
+    if num_prompt_tokens + params.max_tokens >= max_model_len:
+        params.max_tokens = max(room, 1)
+        params.min_tokens = min(params.min_tokens, params.max_tokens)
+        return
+    raise VLLMValidationError(
+        f"{held} prompt tokens and max_tokens={params.max_tokens} do not fit the KV "
+        f"pool of {pool_tokens} tokens. Lower max_tokens to {room} or the "
+        f"{BUDGET_FIELD}.",
+        parameter="max_tokens",
+        value=params.max_tokens,
+    )
+
+
+def usable_blocks(vllm_config: VllmConfig) -> int | None:
+    """Blocks of one engine's pool that requests can hold; None before it is sized."""
+    total = vllm_config.cache_config.num_gpu_blocks
+    if not total:
+        return None
+    # Block 0 of each engine's pool is the null block.
+    usable: int = total // _engines_behind(vllm_config) - 1
+    if vllm_config.speculative_config is not None:
+        drafted = 1 + vllm_config.num_speculative_tokens
+        usable -= cdiv(drafted, vllm_config.cache_config.block_size)
+    return usable
+
+
+def _engines_behind(vllm_config: VllmConfig) -> int:
+    """Engines whose pools vLLM adds up in this process's ``num_gpu_blocks``."""
+    parallel = vllm_config.parallel_config
+    if parallel.local_engines_only:
+        return max(parallel.data_parallel_size_local, 1)
+    return max(parallel.data_parallel_size, 1)
