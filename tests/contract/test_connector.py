@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
+from copy import copy
 from typing import Any
 
 import pytest
@@ -161,13 +162,15 @@ def rank_output(
     done: set[str], failed: set[str] = frozenset(), seconds: float = 1.0
 ) -> ModelRunnerOutput:
     reports = {name: PrefillReport(3, 10, 20, 5, 6, seconds) for name in done - failed}
-    return ModelRunnerOutput.with_kv_conn_output_only(
+    output = ModelRunnerOutput.with_kv_conn_output_only(
         KVConnectorOutput(
             finished_recving=done,
             failed_recving=set(failed),
             kv_connector_worker_meta=StepReports(reports) if reports else None,
         )
     )
+    # An empty one is vLLM's shared constant, which the aggregator would write to.
+    return copy(output)
 
 
 def joined(*outputs: ModelRunnerOutput) -> KVConnectorOutput:
