@@ -17,13 +17,15 @@ from tests.oracle.tasks import needle
 CONFIG = {"window": 8, "selection_layer": 4}
 BAD = [0, -1, 1.5, True, "x", [1], {"tokens": 64}, 1, 39, 64.0, "NaN"]
 QUESTION = needle(7, 600)
+POOL_TOKENS = 1000 // 32 * 32
 
 
 @pytest.fixture(scope="module")
 def pruning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     options = ("--kv-policy", "asl", "--kv-policy-config", json.dumps(CONFIG))
-    with serve(log, *options) as server:
+    pool = ("--num-gpu-blocks-override", str(POOL_TOKENS // 32 + 1))
+    with serve(log, *options, *pool) as server:
         yield server
 
 
@@ -172,6 +174,20 @@ def test_beam_search_does_not_prune(pruning: Server, path: str) -> None:
     assert_refused(response, "cannot be combined with beam search")
     response = send(pruning, path, None, use_beam_search=True, n=2)
     assert response.status_code == 200, response.text
+
+
+def test_a_prompt_four_times_the_pool(pruning: Server) -> None:
+    """Answered with a budget, refused without; the front end knows the pool."""
+    long = needle(11, 4 * POOL_TOKENS)
+    asked = {"prompt": long.text, "max_tokens": 4, "temperature": 0}
+    answer = pruning.post("/v1/completions", **asked, kv_budget=256)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"].split() == long.answer_words
+    assert answer.json()["kv_transfer_params"]["kept_tokens"] == 256
+    refused = pruning.post("/v1/completions", **asked)
+    words = f"{4 * POOL_TOKENS} prompt tokens do not fit the KV pool of {POOL_TOKENS}"
+    assert_refused(refused, words)
+    assert "a kv_budget of 40 to" in refused.json()["error"]["message"]
 
 
 def test_the_field_is_documented(pruning: Server) -> None:
