@@ -17,6 +17,8 @@ demo: setup ## Serve the small model and ask it one question under several budge
 test: setup ## Lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	@# Apart: vLLM must not see an interpreted Triton.
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(BIN)/python -m pytest
 
 bench: setup ## Measure prefill side by side with stock vLLM

@@ -40,7 +40,8 @@ def block_table_view(
 
     Each row is shifted left by its leading null blocks, the tail filled with 0, and
     its length shortened by as many blocks, never below 0. Every element of both
-    buffers is written, and nothing synchronises with the host.
+    buffers is written, and nothing synchronises with the host. On CUDA it is one
+    Triton kernel, which a CUDA graph may capture.
 
     Args:
         block_table: int32 ``[R, C]`` block ids.
@@ -75,6 +76,12 @@ def block_table_view(
             raise ValueError(f"{name}: is its own source; pass a separate buffer.")
     if block_size < 1:
         raise ValueError(f"block_size: got {block_size}; allowed: at least 1.")
+    if block_table.is_cuda:
+        # Here, so that a CPU build of torch needs no Triton.
+        from asl_kernels.block_table_view import triton
+
+        triton.block_table_view(block_table, seq_lens, block_size, out_table, out_lens)
+        return
     reference.block_table_view(block_table, seq_lens, block_size, out_table, out_lens)
 
 

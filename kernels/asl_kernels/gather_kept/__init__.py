@@ -19,7 +19,8 @@ def gather_kept(k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
             wait for the device.
 
     Returns:
-        Contiguous ``[K, Hkv, D]`` and ``[K, Hkv, Dv]``.
+        Contiguous ``[K, Hkv, D]`` and ``[K, Hkv, Dv]``. On CUDA one Triton kernel
+        writes both.
 
     Raises:
         ValueError: A shape, dtype or device that does not fit.
@@ -31,6 +32,11 @@ def gather_kept(k: Tensor, v: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     check_dtype("kept", kept, torch.int64)
     check_device("v", v, k.device)
     check_device("kept", kept, k.device)
+    if k.is_cuda:
+        # Here, so that a CPU build of torch needs no Triton.
+        from asl_kernels.gather_kept import triton
+
+        return triton.gather_kept(k, v, kept)
     return reference.gather_rows(k, kept), reference.gather_rows(v, kept)
 
 
@@ -42,7 +48,7 @@ def gather_tokens(hidden: Tensor, kept: Tensor) -> Tensor:
         kept: int64 ``[K]`` tokens in 0 to M - 1.
 
     Returns:
-        Contiguous ``[K, E]``.
+        Contiguous ``[K, E]``; on CUDA written by a Triton kernel.
 
     Raises:
         ValueError: A shape, dtype or device that does not fit.
@@ -51,6 +57,11 @@ def gather_tokens(hidden: Tensor, kept: Tensor) -> Tensor:
     check_shape("kept", kept, "[K]", None)
     check_dtype("kept", kept, torch.int64)
     check_device("kept", kept, hidden.device)
+    if hidden.is_cuda:
+        # Here, so that a CPU build of torch needs no Triton.
+        from asl_kernels.gather_kept import triton
+
+        return triton.gather_tokens(hidden, kept)
     return reference.gather_tokens(hidden, kept)
 
 

@@ -12,6 +12,9 @@ from asl_kernels.rank_variance import reference
 def descending_ranks(scores: Tensor) -> Tensor:
     """Ranks tokens by score: 1 is the highest; of equal ones the later ranks better.
 
+    Sorts with torch on every device: on CUDA that is CUB's radix sort for all but
+    short vectors, which no kernel of ours would beat.
+
     Args:
         scores: ``[T]`` floating point, finite.
 
@@ -38,7 +41,8 @@ def rank_variance(ranks: Tensor, top: int) -> Tensor:
         top: Number of tokens a layer would keep; at least 1.
 
     Returns:
-        fp64 ``[]``, in squared ranks; never synchronises with the host.
+        fp64 ``[]``, in squared ranks; never synchronises with the host. On CUDA two
+        Triton kernels compute it, and always add in the same order.
 
     Raises:
         ValueError: No layer, no token, ``top`` below 1 or ranks that are not int64.
@@ -53,6 +57,11 @@ def rank_variance(ranks: Tensor, top: int) -> Tensor:
         )
     if top < 1:
         raise ValueError(f"top: got {top}; allowed: at least 1.")
+    if ranks.is_cuda:
+        # Here, so that a CPU build of torch needs no Triton.
+        from asl_kernels.rank_variance import triton
+
+        return triton.rank_variance(ranks, top)
     return reference.rank_variance(ranks, top)
 
 
