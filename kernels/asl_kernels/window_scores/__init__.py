@@ -16,11 +16,19 @@ from asl_kernels.window_scores import reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def window_scores(q: Tensor, k: Tensor, *, scale: float, pool_kernel: int) -> Tensor:
+def window_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    pool_kernel: int,
+    lse: Tensor | None = None,
+) -> Tensor:
     """Scores the tokens before the observation window, per KV head.
 
     Softmax over causal keys in fp32, summed over the window's rows, average-pooled
-    over positions (padding counted), summed over each KV head's query group.
+    over positions (padding counted), summed over each KV head's query group. On a
+    GPU, Triton kernels do the work; elsewhere, plain torch.
 
     Args:
         q: ``[W, H, D]`` queries of the last W tokens, rotary applied; fp32, bf16, fp16.
@@ -29,6 +37,9 @@ def window_scores(q: Tensor, k: Tensor, *, scale: float, pool_kernel: int) -> Te
             dimension.
         scale: Factor of the logits, usually ``D ** -0.5``.
         pool_kernel: Width of the pooling in tokens; odd.
+        lse: fp32 ``[W, H]``, any strides: log of the sum of exp of each row's scaled
+            logits over its causal keys, as attention kernels return it (natural log).
+            Given, K is read once instead of twice and the window's keys not at all.
 
     Returns:
         fp32 ``[Hkv, M - W]``.
@@ -57,7 +68,16 @@ def window_scores(q: Tensor, k: Tensor, *, scale: float, pool_kernel: int) -> Te
         raise ValueError(f"q: got H = {heads}; wanted a multiple of Hkv = {kv_heads}.")
     if pool_kernel < 1 or pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel: got {pool_kernel}; allowed: odd, at least 1.")
-    return reference.window_scores(q, k, scale, pool_kernel)
+    if lse is not None:
+        check_shape("lse", lse, "[W, H]", window, heads)
+        check_dtype("lse", lse, torch.float32)
+        check_device("lse", lse, q.device)
+    if q.is_cuda:
+        # Here, so that a CPU build of torch needs no Triton.
+        from asl_kernels.window_scores import triton
+
+        return triton.window_scores(q, k, scale, pool_kernel, lse)
+    return reference.window_scores(q, k, scale, pool_kernel, lse)
 
 
 __all__ = ["window_scores"]

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def window_scores(q: Tensor, k: Tensor, scale: float, pool_kernel: int) -> Tensor:
+def window_scores(
+    q: Tensor, k: Tensor, scale: float, pool_kernel: int, lse: Tensor | None = None
+) -> Tensor:
     """See `asl_kernels.window_scores.window_scores`; arguments are checked there."""
     window, heads, dim = q.shape
     tokens, kv_heads, _ = k.shape
@@ -17,16 +19,24 @@ def window_scores(q: Tensor, k: Tensor, scale: float, pool_kernel: int) -> Tenso
     future = torch.ones(window, window, dtype=torch.bool, device=q.device).triu_(1)
     queries = (q.float() * scale).permute(1, 0, 2).reshape(kv_heads, -1, dim)
     scores = torch.empty(kv_heads, prefix, dtype=torch.float32, device=q.device)
+    # The window's own keys only serve to normalize.
+    columns = tokens if lse is None else prefix
     # A KV head at a time, in buffers that all heads share: neither K in fp32 nor the
     # attention of all heads is ever held at once, and no head pays for fresh pages.
-    logits = torch.empty(group * window, tokens, dtype=torch.float32, device=q.device)
+    logits = torch.empty(group * window, columns, dtype=torch.float32, device=q.device)
     weights = torch.empty_like(logits)
     for head in range(kv_heads):
-        torch.mm(queries[head], k[:, head].float().t(), out=logits)
-        by_row = logits.view(group, window, tokens)
-        by_row[..., prefix:].masked_fill_(future, float("-inf"))
-        torch.softmax(logits, dim=-1, out=weights)
-        mass = weights.view(group, window, tokens)[..., :prefix].sum(dim=1)
+        torch.mm(queries[head], k[:columns, head].float().t(), out=logits)
+        if lse is None:
+            by_row = logits.view(group, window, tokens)
+            by_row[..., prefix:].masked_fill_(future, float("-inf"))
+            torch.softmax(logits, dim=-1, out=weights)
+        else:
+            by_head = lse.t()[head * group : (head + 1) * group]
+            # No weight exceeds 1, however coarse a large lse.
+            logits.sub_(by_head.reshape(-1, 1)).clamp_(max=0)
+            torch.exp(logits, out=weights)
+        mass = weights.view(group, window, columns)[..., :prefix].sum(dim=1)
         pooled = F.avg_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
         torch.sum(pooled, dim=0, out=scores[head])
     return scores
