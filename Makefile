@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Engine tests that the lane without engines takes at its end: so both end together.
+LATE := $(patsubst %,tests/e2e/test_%.py,stock retrieval features model_runner_v2 quantised)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-units test-engines fuzz soak audit bench format lint clean
 
@@ -24,9 +27,10 @@ test-units:
 	@# Apart: vLLM must not see an interpreted Triton.
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 	$(BIN)/python -m pytest --ignore=tests/e2e
+	$(BIN)/python -m pytest $(LATE)
 
 test-engines:
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e $(addprefix --ignore=,$(LATE))
 
 bench: setup ## Measure side by side with stock vLLM (about an hour on two cores)
 	$(BIN)/python -m benchmarks

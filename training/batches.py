@@ -27,6 +27,11 @@ class Batch:
     question: Tensor  # [B, T] int64
     tasks: list[str]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on a device."""
+        tensors = (self.ids, self.positions, self.labels, self.question)
+        return Batch(*(tensor.to(device) for tensor in tensors), self.tasks)
+
 
 def make_batch(
     rng: random.Random,

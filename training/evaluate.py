@@ -1,9 +1,9 @@
 """Exact match of models by task and length: ``python -m training.evaluate MODEL...``.
 
 Prompts are those of the tests (tests/oracle/tasks.py), and for hops those of
-training/tasks.py, with seeds that training never uses. An answer counts if each of its
-tokens is the most probable one after the right ones before it, which is to say if
-greedy decoding gives it.
+training/tasks.py, from a seed on; training never uses them. An answer counts if each
+of its tokens is the most probable one after the right ones before it, which is to say
+if greedy decoding gives it.
 """
 
 import argparse
@@ -48,11 +48,18 @@ TASKS: dict[str, Callable[[int, int], Example]] = {
 
 
 @torch.inference_mode()
-def exact_match(model: torch.nn.Module, task: str, num_tokens: int, count: int) -> int:
-    """How many of `count` prompts of num_tokens tokens are answered right."""
+def exact_match(
+    model: torch.nn.Module, task: str, num_tokens: int, count: int, first: int = 0
+) -> int:
+    """How many of `count` prompts of num_tokens tokens are answered right.
+
+    Their seeds are consecutive, from `first` on.
+    """
     # The answer follows the prompt, so the prompt is that much shorter than the
     # longest text a model takes.
-    examples = [TASKS[task](seed, num_tokens - 4) for seed in range(count)]
+    examples = [
+        TASKS[task](seed, num_tokens - 4) for seed in range(first, first + count)
+    ]
     size = max(1, _BATCH_TOKENS // num_tokens)
     right = 0
     for start in range(0, count, size):
@@ -69,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", help="folders of models")
     parser.add_argument("--count", type=int, default=100, help="prompts a cell")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     args = parser.parse_args()
@@ -79,7 +87,7 @@ def main() -> None:
         for task in args.tasks:
             print(f"| {path.name} | {task} |", end="", flush=True)
             for length in args.lengths:
-                right = exact_match(model, task, length, args.count)
+                right = exact_match(model, task, length, args.count, args.seed)
                 print(f" {100 * right / args.count:.0f} |", end="", flush=True)
             print(flush=True)
 

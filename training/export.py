@@ -38,7 +38,9 @@ def save(model: Decoder, output: Path, dtype: torch.dtype = torch.bfloat16) -> N
     config = model.config.to_qwen3() | {"torch_dtype": str(dtype).partition(".")[2]}
     (output / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     # Copied each: the file format takes no two names for one tensor.
-    weights = {n: w.to(dtype, copy=True) for n, w in qwen3_weights(model).items()}
+    weights = {
+        n: w.to("cpu", dtype, copy=True) for n, w in qwen3_weights(model).items()
+    }
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     for name in _COPIED:
         shutil.copyfile(TOKENIZER_DIR / name, output / name)

@@ -61,34 +61,33 @@ STAGES = (
     Stage(200, (64, 128, 256), (5, 6, 7), 4, share=(0.3, 0.5), until=0.9),
     Stage(250, (128, 256, 512), (6, 8, 10, 13), 4, lr=(1.0, 1 / 6)),
     Stage(
-        80,
-        (512, 1024, 2048, 4096),
-        (9, 13, 13),
+        200,
+        (128, 256, 512, 1024),
+        (6, 8, 10, 13),
         4,
-        weights=(0.0, 0.15, 0.4, 0.45),
-        share=(0.05, 0.4),
+        weights=(0.0, 0.1, 0.35, 0.55),
+        tokens=4096,
+        lr=(0.6, 0.4),
+    ),
+    Stage(
+        260,
+        (512, 1024, 2048, 4096),
+        (7, 9, 13),
+        4,
+        weights=(0.0, 0.15, 0.45, 0.4),
+        share=(0.1, 0.5),
+        tokens=4096,
+        lr=(0.4, 0.4),
+    ),
+    Stage(
+        300,
+        (256, 1024, 2048, 4096, 4096),
+        (8, 11, 13),
+        4,
+        weights=(0.0, 0.15, 0.45, 0.4),
+        share=(0.1, 0.5),
         tokens=4096,
         lr=(0.4, 0.0),
-    ),
-    Stage(
-        60,
-        (256, 512, 1024, 2048),
-        (9, 13, 13),
-        4,
-        weights=(0.0, 0.1, 0.55, 0.35),
-        share=(0.05, 0.4),
-        tokens=4096,
-        lr=(0.5, 0.0),
-    ),
-    Stage(
-        30,
-        (2048, 4096, 4096),
-        (9, 13),
-        4,
-        weights=(0.0, 0.1, 0.55, 0.35),
-        share=(0.05, 0.4),
-        tokens=4096,
-        lr=(0.5, 0.0),
     ),
 )
 
@@ -96,10 +95,18 @@ STAGES = (
 class Trainer:
     """The model, its optimizers and how far the run has come."""
 
-    def __init__(self, stages: tuple[Stage, ...], seed: int, output: Path) -> None:
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        seed: int,
+        output: Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
         torch.manual_seed(seed)
         self.stages, self.seed, self.output = stages, seed, output
-        self.model = Decoder(ModelConfig())
+        self.device = torch.device(device)
+        # Made on the CPU, so that a seed gives the same weights on every device.
+        self.model = Decoder(ModelConfig()).to(self.device)
         matrices: list[Tensor] = []
         others: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
@@ -140,7 +147,7 @@ class Trainer:
             stage.most_hops,
             stage.share,
             config.max_positions,
-        )
+        ).to(self.device)
         hidden = self.model(batch.ids, batch.positions, loops)
         asked = batch.labels >= 0
         logits = self.model.logits(hidden[asked])
@@ -173,7 +180,9 @@ class Trainer:
         path = self.output / "checkpoint.pt"
         if not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(
+            path, weights_only=True, map_location=self.device
+        )
         self.model.load_state_dict(state["model"])
         for (optimizer, _), saved in zip(
             self.optimizers, state["optimizers"], strict=True
@@ -232,7 +241,7 @@ def right_answers(
     """
     wrong = logits.argmax(-1) != batch.labels[asked]
     number = batch.question[asked]
-    missed = torch.zeros(len(batch.tasks), dtype=torch.bool)
+    missed = torch.zeros(len(batch.tasks), dtype=torch.bool, device=wrong.device)
     missed[number[wrong & (number >= 0)]] = True
     right: dict[str, list[float]] = defaultdict(list)
     for task, miss in zip(batch.tasks, missed.tolist(), strict=True):
@@ -245,9 +254,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(STAGES, args.seed, args.output)
+    trainer = Trainer(STAGES, args.seed, args.output, args.device)
     trainer.load_checkpoint()
     trainer.run()
     save(trainer.model, args.output / "model")

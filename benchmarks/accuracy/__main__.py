@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import report
+from benchmarks.accuracy import direct, report
 from benchmarks.accuracy.cells import CellError, cells, check_policies, parse_budget
 from benchmarks.accuracy.client import Client, Served, ServerError
 from benchmarks.accuracy.prompts import SPLITS, PromptMaker
@@ -45,6 +45,11 @@ RULE_OPTIONS = (
 selection layer, which is in a policy's label."""
 
 
+SWEPT = ("fastkv", "asl")
+"""Policies that can be asked with several layers fixed in turn: fastkv instead of its
+own fixed layer, asl beside the layers that it chooses."""
+
+
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(
@@ -57,13 +62,21 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", help="its name; the server's only one if left out")
     add("--start", metavar="MODEL", help="start servers of this model instead")
     add("--serve-args", default="", help="with --start: options of vllm serve")
-    add("--policy-config", default="{}", help="with --start: --kv-policy-config")
     add(
-        "--fastkv-layers",
-        default="",
-        metavar="L,L",
-        help="with --start: ask fastkv with these layers fixed, a server for each",
+        "--direct",
+        metavar="MODEL",
+        help="no server: answers of a small Qwen3 or Llama model computed in PyTorch, "
+        "--concurrency processes at a time",
     )
+    add("--block-size", type=int, default=32, help="with --direct: tokens a KV block")
+    add("--policy-config", default="{}", help="--kv-policy-config (with the two above)")
+    for policy in SWEPT:
+        add(
+            f"--{policy}-layers",
+            default="",
+            metavar="L,L",
+            help=f"likewise: ask {policy} with these layers fixed, a server for each",
+        )
     add("--tokenizer", help="folder or name; the server's model if left out")
     add(
         "--template",
@@ -92,7 +105,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--tasks: got {', '.join(unknown)}; allowed: {names}")
     try:
         args.lengths = [int(text) for text in args.lengths.split(",")]
-        args.layers = [int(text) for text in args.fastkv_layers.split(",") if text]
+        args.swept = {
+            policy: [int(text) for text in layers.split(",")]
+            for policy in SWEPT
+            if (layers := getattr(args, f"{policy}_layers"))
+            and policy in args.policies.split(",")
+        }
         args.budgets = [parse_budget(text) for text in args.budgets.split(",")]
         args.policy_config = json.loads(args.policy_config)
     except ValueError as error:
@@ -101,10 +119,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("n", "concurrency"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: got {getattr(args, name)}; allowed: at least 1")
-    if not args.start and (args.layers or args.policy_config or args.serve_args):
+    if args.start and args.direct:
+        parser.error("--start and --direct: one of them, servers or none")
+    if args.serve_args and not args.start:
+        parser.error("--serve-args needs --start: a running server has its own")
+    if not (args.start or args.direct) and (args.swept or args.policy_config):
         parser.error(
-            "--fastkv-layers, --policy-config and --serve-args need --start: a running "
-            "server has its own"
+            "--fastkv-layers, --asl-layers and --policy-config need --start or "
+            "--direct: a running server has its own"
         )
     return args
 
@@ -116,6 +138,8 @@ def replies_path(output: Path) -> Path:
 
 def servers(args: argparse.Namespace) -> Iterator[tuple[Any, list[str]]]:
     """Context managers of base URLs, and the policies to ask each about."""
+    if args.direct:
+        return
     if not args.start:
         yield _running(args.base_url), args.policies
         return
@@ -123,13 +147,21 @@ def servers(args: argparse.Namespace) -> Iterator[tuple[Any, list[str]]]:
     log = args.output.with_suffix(".server.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    swept = ["fastkv"] if args.layers and "fastkv" in args.policies else []
-    others = [policy for policy in args.policies if policy not in swept]
+    for config, policies in configurations(args):
+        yield started(args.start, options, config, log), policies
+
+
+def configurations(
+    args: argparse.Namespace,
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """A ``--kv-policy-config`` for each server needed, and the policies asked there."""
+    replaced = [policy for policy in args.swept if policy != "asl"]
+    others = [policy for policy in args.policies if policy not in replaced]
     if others:
-        yield started(args.start, options, args.policy_config, log), others
-    for layer in args.layers if swept else []:
-        config = {**args.policy_config, "selection_layer": layer}
-        yield started(args.start, options, config, log), swept
+        yield args.policy_config, others
+    for policy, layers in args.swept.items():
+        for layer in layers:
+            yield {**args.policy_config, "selection_layer": layer}, [policy]
 
 
 @contextmanager
@@ -175,6 +207,24 @@ async def measure(
         await client.close()
 
 
+def measure_directly(args: argparse.Namespace) -> None:
+    """Answers all of it in this process and its children."""
+    made = [
+        direct.variant(args.direct, args.block_size, config, policies)
+        for config, policies in configurations(args)
+    ]
+    served = made[0].served
+    _say_what_is_left_out(args, served)
+    replies = Replies(
+        replies_path(args.output), run_of(args, served), resume=args.resume
+    )
+    plan = Plan(
+        args.tasks, args.lengths, args.policies, args.budgets, args.n, args.concurrency
+    )
+    source = direct.Source(args.direct, args.template, args.split, args.seed)
+    direct.answer_all(source, plan, made, replies)
+
+
 def _say_what_is_left_out(args: argparse.Namespace, served: Served) -> None:
     longest = served.max_model_len
     for length in args.lengths:
@@ -199,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     if not args.render:
         try:
+            if args.direct:
+                measure_directly(args)
             for number, (server, policies) in enumerate(servers(args)):
                 with server as url:
                     failures += asyncio.run(

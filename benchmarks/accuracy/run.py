@@ -79,7 +79,12 @@ async def ask_all(
                         failures.append(_failure(job, error))
                         bar.set_postfix(failed=len(failures))
                     else:
-                        replies.add(_record(job, reply, sent, served))
+                        replies.add(
+                            record(
+                                *(job.task, job.length, job.index, job.cell),
+                                *(job.prompt, reply, sent, served),
+                            )
+                        )
                     bar.update()
 
             with bar:
@@ -107,15 +112,8 @@ async def _ask(
     if policy == FULL or policy in CONTROLS:
         policy, budget = "none", None
     if cell.policy in CONTROLS:
-        assert cell.budget is not None
-        ids = shortened(
-            cell.policy,
-            ids,
-            kept=served.kept(cell.budget, len(ids)),
-            window=served.window,
-            bos=bos,
-            seed=f"{job.task.name} {job.length} {job.index} {cell.budget}",
-        )
+        place = (job.task.name, job.length, job.index)
+        ids = shortened_prompt(ids, cell, served, bos, place)
     reply = await client.ask(
         served, ids, max_tokens=job.task.max_tokens, policy=policy, budget=budget
     )
@@ -126,21 +124,51 @@ async def _ask(
     return reply, len(ids)
 
 
-def _record(job: _Job, reply: Reply, sent: int, served: Served) -> Record:
+def shortened_prompt(
+    token_ids: list[int],
+    cell: Cell,
+    served: Served,
+    bos: int | None,
+    place: tuple[str, int, int],
+) -> list[int]:
+    """What a control sends of the prompt of this task, length and number."""
+    assert cell.budget is not None
+    task, length, index = place
+    return shortened(
+        cell.policy,
+        token_ids,
+        kept=served.kept(cell.budget, len(token_ids)),
+        window=served.window,
+        bos=bos,
+        seed=f"{task} {length} {index} {cell.budget}",
+    )
+
+
+def record(
+    task: Task,
+    length: int,
+    index: int,
+    cell: Cell,
+    prompt: Prompt,
+    reply: Reply,
+    sent: int,
+    served: Served,
+) -> Record:
+    """What is kept of a reply to ``sent`` tokens of prompt number ``index``."""
     report = reply.kv_cache or {}
     return {
-        "task": job.task.name,
-        "length": job.length,
-        "index": job.index,
-        "policy": job.cell.label,
-        "budget": job.cell.budget,
-        "score": job.task.score(reply.text, job.prompt.answers),
+        "task": task.name,
+        "length": length,
+        "index": index,
+        "policy": cell.label,
+        "budget": cell.budget,
+        "score": task.score(reply.text, prompt.answers),
         "text": reply.text,
-        "answers": list(job.prompt.answers),
-        "prompt_tokens": len(job.prompt.token_ids),
+        "answers": list(prompt.answers),
+        "prompt_tokens": len(prompt.token_ids),
         "kept_tokens": report.get("kept_tokens", sent),
         "selection_layer": report.get("selection_layer"),
-        "token_layers": token_layers(job.cell.policy, sent, report, served.num_layers),
+        "token_layers": token_layers(cell.policy, sent, report, served.num_layers),
         "num_layers": served.num_layers,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from benchmarks.accuracy.tasks import Sample
@@ -41,10 +42,15 @@ class HubTokenizer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
         self._template = template
         self.bos: int | None = self._tokenizer.bos_token_id
+        self.eos: int | None = self._tokenizer.eos_token_id
 
     def count(self, text: str) -> int:
+        """How many tokens a text alone has."""
+        return len(self.ids(text))
+
+    def ids(self, text: str) -> list[int]:
         """Tokens of a text alone."""
-        return len(self._ids(text, special=False))
+        return self._ids(text, special=False)
 
     def encode(self, sample: Sample) -> list[int]:
         """Ids of the whole prompt, as it is sent."""
@@ -59,6 +65,11 @@ class HubTokenizer:
         else:
             around = self._template.replace("{task}", sample.text)
         return self._ids(around + sample.prefix, special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         # verbose: no warning that prompts are longer than the tokenizer's limit.

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from asl_vllm.selection.policies import POLICIES, LayerDecision
-from tests.e2e.harness import Engine, engine
+from benchmarks.accuracy.cells import Cell
+from benchmarks.accuracy.direct import DirectModel, variant
+from tests.e2e.harness import BLOCK, TINY_MODEL, Engine, engine
 from tests.oracle.tasks import Prompt, key_value, needle
 
 NUM_TOKENS, BUDGET, COUNT = 2048, 96, 10
+POLICY = {"policy": "asl", "window": 8, "selection_layer": 4}
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Iterator[Engine]:
-    policy = {"policy": "asl", "window": 8, "selection_layer": 4}
-    with engine(policy=policy, dtype="float32") as started:
+    with engine(policy=POLICY, dtype="float32") as started:
         yield started
 
 
@@ -47,6 +49,24 @@ def test_answers_as_with_full_attention(shipped: Engine) -> None:
         assert output.kv_transfer_params["selection_layer"] == 4
         assert output.kv_transfer_params["kept_tokens"] == BUDGET
         assert output.kv_transfer_params["freed_blocks"] == 61
+
+
+def test_answers_computed_without_an_engine_are_the_same(shipped: Engine) -> None:
+    """`benchmarks.accuracy.direct`, by which studies are made."""
+    direct = DirectModel(str(TINY_MODEL), NUM_TOKENS, POLICY["window"])
+    made = variant(str(TINY_MODEL), BLOCK, POLICY, sorted(POLICIES))
+    for question in questions()[:: COUNT // 2]:
+        direct.layers.begin_prompt(list(question.token_ids))
+        for policy in sorted(POLICIES):
+            (output,) = shipped.generate(
+                [question.token_ids], budget=BUDGET, policy=policy, max_tokens=4
+            )
+            cell = Cell(policy, policy, BUDGET)
+            reply = direct.reply(made, cell, list(question.token_ids), 4)
+            assert reply.text.split() == output.outputs[0].text.split(), policy
+            assert reply.kv_cache is not None
+            report = output.kv_transfer_params
+            assert {name: report[name] for name in reply.kv_cache} == reply.kv_cache
 
 
 def test_random_tokens_answer_nothing(

@@ -110,7 +110,7 @@ class TinyDecoder:
         keys, values = (k, v)
         if past is not None:
             keys, values = torch.cat([past[0], k]), torch.cat([past[1], v])
-        mixed = attend(q, keys, values).flatten(1)
+        mixed = self.attend(q, keys, values).flatten(1)
         hidden = hidden + self._linear(mixed, attn + "o_proj")
         x = self._norm(hidden, prefix + "post_attention_layernorm")
         gate = F.silu(self._linear(x, prefix + "mlp.gate_proj"))
@@ -135,6 +135,10 @@ class TinyDecoder:
         for index in range(self.config.num_layers):
             hidden = self.layer(index, hidden, positions).hidden
         return self.logits(hidden)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `attend`, below."""
+        return attend(q, k, v)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         bias = self.weights.get(name + ".bias")

@@ -1,0 +1,241 @@
+"""Answers without a server: for small models, and many policies at once.
+
+Prefills and policies are asl_vllm's own. Below them is a decoder in plain PyTorch
+that runs each prompt's unpruned layers once for all policies and budgets, so that a
+study takes a fraction of a server's time. tests/e2e holds its answers against vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from asl_vllm.config import POLICY_NAMES, AslConfig
+from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillJob
+from asl_vllm.selection import minimum_budget
+from benchmarks.accuracy.cells import FULL, Cell, cells, check_policies
+from benchmarks.accuracy.client import Reply, Served
+from benchmarks.accuracy.controls import CONTROLS
+from benchmarks.accuracy.prompts import Prompt, PromptMaker
+from benchmarks.accuracy.replies import Record, Replies
+from benchmarks.accuracy.run import Plan, record, shortened_prompt
+from benchmarks.accuracy.shared_layers import Cache, FusedDecoder, SharedLayers
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tokens import HubTokenizer
+
+PROMPTS_AT_ONCE = 4
+"""Prompts that a process takes from the queue together."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one server would be: options, and the policies asked under them."""
+
+    config: AslConfig
+    served: Served
+    policies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where prompts come from; see `PromptMaker` and `HubTokenizer`."""
+
+    model: str
+    template: str
+    split: str
+    seed: int
+
+
+Place = tuple[str, int, int]
+"""Task, length and number of a prompt."""
+
+
+def variant(
+    model: str, block_size: int, config: Mapping[str, Any], policies: Sequence[str]
+) -> Variant:
+    """What a server of ``model`` would say of itself under these options.
+
+    Raises:
+        ConfigError: ``config`` is none of ``--kv-policy-config``.
+        CellError: There is no such policy.
+    """
+    facts = json.loads((Path(model) / "config.json").read_text())
+    num_layers = facts["num_hidden_layers"]
+    options = AslConfig.from_dict({"policy": "asl", **config})
+    served = Served(
+        model=Path(model).name,
+        root=model,
+        policies=POLICY_NAMES,
+        num_layers=num_layers,
+        window=options.window,
+        block_size=block_size,
+        minimum_budget=minimum_budget(options.window, block_size),
+        max_model_len=facts["max_position_embeddings"],
+        config={
+            **options.to_dict(),
+            "l_min": options.resolved_l_min(num_layers),
+            "l_obs": options.resolved_l_obs(num_layers),
+        },
+    )
+    check_policies(policies, served)
+    return Variant(options, served, tuple(policies))
+
+
+class DirectModel:
+    """A model that answers one prompt under many policies."""
+
+    def __init__(self, model: str, capacity: int, window: int) -> None:
+        self._tokens = HubTokenizer(model, "none")
+        self.layers = SharedLayers(FusedDecoder.load(model))
+        self._buffers = PrefillBuffers(self.layers.shape, capacity, window)
+        # What a control asks is another prompt, and so must not evict this one.
+        self._control = SharedLayers(self.layers.model)
+
+    @torch.inference_mode()
+    def reply(
+        self,
+        variant: Variant,
+        cell: Cell,
+        ids: list[int],
+        max_tokens: int,
+        guess: str = "",
+    ) -> Reply:
+        """The answer to the prompt that ``layers`` is at, as a server replies.
+
+        ``guess``: what it may be; if right, it is found faster.
+        """
+        wanted = max_tokens, guess
+        if cell.policy == FULL:
+            text = self._text(self.layers, self.layers.unpruned_cache(), *wanted)
+            return Reply(text, len(ids), None)
+        if cell.policy in CONTROLS:
+            self._control.begin_prompt(ids)
+            text = self._text(self._control, self._control.unpruned_cache(), *wanted)
+            return Reply(text, len(ids), None)
+        assert cell.budget is not None
+        kept = variant.served.kept(cell.budget, len(ids))
+        job = PrefillJob(
+            "direct", cell.policy, ids, len(ids) - kept, slots=range(kept - 1)
+        )
+        factory = PrefillFactory(self.layers, self._buffers, variant.config, len(ids))
+        self.layers.begin_prefill()
+        prefill = factory(job)
+        while not prefill.done:
+            prefill.advance(len(ids))
+        report = prefill.report()
+        kv_cache = {
+            "kept_tokens": report.kept_tokens,
+            "selection_layer": report.selection_layer,
+            "skipped_token_layers": report.skipped_token_layers,
+        }
+        text = self._text(self.layers, self.layers.cache, *wanted)
+        return Reply(text, len(ids), kv_cache)
+
+    def _text(
+        self, layers: SharedLayers, cache: Cache, max_tokens: int, guess: str
+    ) -> str:
+        ids = self._tokens.ids(guess)
+        return self._tokens.decode(
+            layers.answer(cache, max_tokens, self._tokens.eos, ids)
+        )
+
+
+class _Worker:
+    """What a process keeps between prompts."""
+
+    def __init__(self, source: Source, plan: Plan, made: Sequence[Variant]) -> None:
+        torch.set_num_threads(1)
+        tokenizer = HubTokenizer(source.model, source.template)
+        self._bos = tokenizer.bos
+        self._maker = PromptMaker(tokenizer, split=source.split, seed=source.seed)
+        window = made[0].config.window
+        self._model = DirectModel(source.model, max(plan.lengths), window)
+        self._plan, self._made = plan, made
+
+    def records(self, place: Place, done: frozenset[tuple[str, Any]]) -> list[Record]:
+        """A record for each cell of a prompt that is not ``done``."""
+        name, length, index = place
+        task = TASKS[name]
+        prompt = self._maker.prompt(task, length, index)
+        self._model.layers.begin_prompt(prompt.token_ids)
+        found = []
+        for variant in self._made:
+            served = variant.served
+            for cell in cells(variant.policies, self._plan.budgets, length, served):
+                if (cell.label, cell.budget) in done:
+                    continue
+                ids = self._sent(prompt, cell, served, place)
+                reply = self._model.reply(
+                    variant, cell, ids, task.max_tokens, prompt.answers[0]
+                )
+                found.append(
+                    record(task, length, index, cell, prompt, reply, len(ids), served)
+                )
+        return found
+
+    def _sent(
+        self, prompt: Prompt, cell: Cell, served: Served, place: Place
+    ) -> list[int]:
+        if cell.policy not in CONTROLS:
+            return prompt.token_ids
+        return shortened_prompt(prompt.token_ids, cell, served, self._bos, place)
+
+
+_worker: _Worker
+
+
+def _start(source: Source, plan: Plan, made: Sequence[Variant]) -> None:
+    global _worker
+    _worker = _Worker(source, plan, made)
+
+
+def _work(task: tuple[Place, frozenset[tuple[str, Any]]]) -> list[Record]:
+    return _worker.records(*task)
+
+
+def answer_all(
+    source: Source,
+    plan: Plan,
+    made: Sequence[Variant],
+    replies: Replies,
+) -> None:
+    """Adds to ``replies`` what they have not; ``plan.concurrency`` processes work."""
+    pool = ProcessPoolExecutor(
+        plan.concurrency,
+        multiprocessing.get_context("spawn"),
+        _start,
+        (source, plan, made),
+    )
+    with pool:
+        for name in plan.tasks:
+            for length in plan.lengths:
+                todo = list(_todo(name, length, plan, made, replies))
+                results = pool.map(_work, todo, chunksize=PROMPTS_AT_ONCE)
+                for found in tqdm(results, f"{name} {length}", len(todo)):
+                    for reply in found:
+                        replies.add(reply)
+
+
+def _todo(
+    name: str, length: int, plan: Plan, made: Sequence[Variant], replies: Replies
+) -> Iterator[tuple[Place, frozenset[tuple[str, Any]]]]:
+    wanted = [
+        cell
+        for variant in made
+        for cell in cells(variant.policies, plan.budgets, length, variant.served)
+    ]
+    for index in range(plan.n):
+        done = [cell for cell in wanted if replies.has(name, length, index, cell)]
+        if len(done) < len(wanted):
+            yield (
+                (name, length, index),
+                frozenset((cell.label, cell.budget) for cell in done),
+            )

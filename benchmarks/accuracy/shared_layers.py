@@ -1,0 +1,173 @@
+"""A decoder for many prefills of one prompt: layers of all its tokens run once.
+
+Policies and budgets differ in what they drop, and until then compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asl_vllm.prefill import LayerTap, ModelShape
+from tests.oracle.model import LayerOutput, TinyDecoder
+
+Cache = list[tuple[Tensor, Tensor]]
+"""Of each layer the keys and values, each [entries, Hkv, D]."""
+
+
+class FusedDecoder(TinyDecoder):
+    """The oracle's decoder with PyTorch's attention, which is some times faster."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of the last M of T tokens: see `tests.oracle.model`."""
+        group = q.shape[1] // k.shape[1]
+        heads = (
+            x.transpose(0, 1)[None]
+            for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+        )
+        rows, total = len(q), len(k)
+        seen = None
+        if rows < total:
+            seen = torch.ones(rows, total, dtype=torch.bool).tril(total - rows)
+        mixed = F.scaled_dot_product_attention(
+            *heads, attn_mask=seen, is_causal=seen is None
+        )
+        return mixed[0].transpose(0, 1)
+
+
+class SharedLayers:
+    """Implements `asl_vllm.prefill.DecoderModel` for one prompt after another.
+
+    Owns the prompt's unpruned layers, computed when first needed, and ``cache``,
+    what the prefill since the last `begin_prefill` has kept. A prefill must pass
+    whole layers, not chunks of them.
+    """
+
+    def __init__(self, model: TinyDecoder) -> None:
+        config = model.config
+        self.model = model
+        self.shape = ModelShape(
+            num_layers=config.num_layers,
+            hidden_size=model.embedding.shape[1],
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            value_dim=config.head_dim,
+            dtype=model.dtype,
+            device=torch.device("cpu"),
+        )
+        self.cache: Cache = []
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._layers: list[LayerOutput] = []
+
+    def begin_prompt(self, token_ids: list[int]) -> None:
+        """Forgets the prompt before."""
+        self._ids = torch.tensor(token_ids)
+        self._layers = []
+
+    def begin_prefill(self) -> None:
+        """Forgets what the prefill before has kept."""
+        self.cache = [(torch.empty(0), torch.empty(0))] * self.shape.num_layers
+
+    def unpruned_layer(self, layer: int) -> LayerOutput:
+        """What a layer computes of the whole prompt."""
+        while len(self._layers) <= layer:
+            index = len(self._layers)
+            before = self._layers[-1].hidden if index else self.embed(self._ids)
+            positions = torch.arange(len(self._ids))
+            self._layers.append(self.model.layer(index, before, positions))
+        return self._layers[layer]
+
+    def unpruned_cache(self) -> Cache:
+        """The cache of the whole prompt but its last token."""
+        layers = [self.unpruned_layer(i) for i in range(self.shape.num_layers)]
+        return [(out.k[:-1], out.v[:-1]) for out in layers]
+
+    def answer(
+        self, cache: Cache, max_tokens: int, eos: int | None, guess: Sequence[int]
+    ) -> list[int]:
+        """Greedy tokens after the prompt, up to `eos`, which is left out.
+
+        ``cache``: of all of the prompt but its last token, or what was kept of that.
+        ``guess``: what they may be. Right ones are found so in one step together; it
+        changes nothing else.
+        """
+        tokens: list[int] = []
+        last, position = self._ids[-1:], len(self._ids) - 1
+        while True:
+            ahead = list(guess[len(tokens) : max_tokens - 1])
+            if tokens != list(guess[: len(tokens)]):
+                ahead = []
+            ids = torch.cat([last, torch.tensor(ahead, dtype=torch.int64)])
+            cache, hidden = self._extended(cache, ids, position)
+            found = self.model.logits(hidden).argmax(-1).tolist()
+            # Each is greedy as long as those that it was computed from are.
+            right = 1
+            while right < len(found) and ahead[right - 1] == found[right - 1]:
+                right += 1
+            for token in found[:right]:
+                if token == eos:
+                    return tokens
+                tokens.append(token)
+            if len(tokens) >= max_tokens:
+                return tokens
+            unused = len(found) - right
+            if unused:
+                cache = [(k[:-unused], v[:-unused]) for k, v in cache]
+            position += right
+            last = torch.tensor(tokens[-1:])
+
+    def _extended(
+        self, cache: Cache, ids: Tensor, position: int
+    ) -> tuple[Cache, Tensor]:
+        """The cache with tokens from a position on, and their last hidden states."""
+        positions = torch.arange(position, position + len(ids))
+        hidden, grown = self.embed(ids), []
+        for layer, past in enumerate(cache):
+            out = self.model.layer(layer, hidden, positions, past)
+            hidden = out.hidden
+            grown.append((torch.cat([past[0], out.k]), torch.cat([past[1], out.v])))
+        return grown, hidden
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """See `DecoderModel.embed`."""
+        return self.model.embed(token_ids)
+
+    def run_layer(
+        self, layer: int, positions: Tensor, hidden: Tensor, start: int, tap: LayerTap
+    ) -> None:
+        """See `DecoderModel.run_layer`."""
+        assert start == 0
+        if len(hidden) == len(self._ids):
+            out = self.unpruned_layer(layer)
+        else:
+            out = self.model.layer(layer, hidden, positions)
+        tap.on_query(out.q)
+        tap.on_kv(out.k, out.v)
+        hidden.copy_(out.hidden)
+
+    def write_kept(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
+        """See `DecoderModel.write_kept`; slots must be in order."""
+        self.cache[layer] = (keys.clone(), values.clone())
+
+    def attention_scale(self, layer: int) -> float:
+        """See `DecoderModel.attention_scale`."""
+        scale: float = self.shape.head_dim**-0.5
+        return scale
+
+    def ranks_agree(self, value: int) -> bool:
+        """There is one rank."""
+        return True
+
+    def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
+        """There is one rank."""
+        return layer_score
+
+    def any_rank_failed(self, failed: bool) -> bool:
+        """There is one rank."""
+        return failed

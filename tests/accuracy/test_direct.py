@@ -1,0 +1,142 @@
+"""Answers without a server are the oracle's, which shares nothing but a layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy.__main__ import main, replies_path
+from benchmarks.accuracy.cells import Cell
+from benchmarks.accuracy.direct import DirectModel, variant
+from benchmarks.accuracy.tokens import HubTokenizer
+from tests.oracle import asl, published
+from tests.oracle.model import TinyDecoder
+from tests.oracle.tasks import key_value
+
+MODEL = str(Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever")
+WINDOW, POOL, KEPT, LENGTH = 8, 7, 72, 296
+RULE = {"window": WINDOW, "pool_kernel": POOL, "l_min": 4, "l_obs": 2, "tau": 0.9}
+
+
+@pytest.fixture(scope="module")
+def oracle() -> TinyDecoder:
+    return TinyDecoder.load(MODEL)
+
+
+def expected(oracle: TinyDecoder, policy: str, ids: list[int]) -> asl.OracleResult:
+    if policy == "fastkv":
+        return published.fastkv(
+            *(oracle, ids),
+            **{"kept": KEPT, "window": WINDOW, "pool_kernel": POOL},
+            **{"tsp_layer": 3, "tsp_rate": 0.2, "max_tokens": 3},
+        )
+    if policy == "pyramidinfer":
+        return published.pyramidinfer(
+            oracle, ids, kept=KEPT, window=WINDOW, decay_ratio=0.9, max_tokens=3
+        )
+    if policy == "gemfilter":
+        return published.gemfilter(oracle, ids, kept=KEPT, filter_layer=3, max_tokens=3)
+    return asl.generate(
+        oracle,
+        ids,
+        kept=None if policy == "full" else KEPT,
+        policy="asl" if policy == "full" else policy,
+        max_tokens=3,
+        **RULE,  # type: ignore[arg-type]
+    )
+
+
+def test_every_policy_answers_as_the_oracle(oracle: TinyDecoder) -> None:
+    """One prompt after another, policies in turn over the layers they share."""
+    model = DirectModel(MODEL, LENGTH, WINDOW)
+    tokenizer = HubTokenizer(MODEL, "none")
+    options = {
+        "fastkv": RULE | {"selection_layer": 3},
+        "gemfilter": RULE | {"selection_layer": 3},
+    }
+    layers = set()
+    for seed in range(3):
+        ids = key_value(seed, LENGTH).token_ids
+        model.layers.begin_prompt(ids)
+        for policy in ("full", "asl", "snapkv", "fastkv", "gemfilter", "pyramidinfer"):
+            made = variant(MODEL, 32, options.get(policy, RULE), [policy])
+            budget = None if policy == "full" else KEPT
+            cell = Cell(policy, policy, budget)
+            reply = model.reply(made, cell, ids, 3)
+            truth = expected(oracle, policy, ids)
+            assert reply.text == tokenizer.decode(truth.tokens), policy
+            for guess in (reply.text, "red red red", f"{reply.text} red", "a"):
+                assert model.reply(made, cell, ids, 3, guess) == reply, (policy, guess)
+            begun = " ".join([*reply.text.split()[:1], "red"])
+            assert model.reply(made, cell, ids, 3, begun) == reply, (policy, begun)
+            if policy != "full":
+                assert reply.kv_cache is not None
+                layer = reply.kv_cache["selection_layer"]
+                assert layer == truth.selection_layer, policy
+                assert reply.kv_cache["kept_tokens"] == KEPT
+                skipped = LENGTH * 10 - sum(truth.layer_tokens)
+                assert reply.kv_cache["skipped_token_layers"] == max(0, skipped)
+                layers.add((policy, layer))
+    # Some of them do select, and so go on without the layers they share.
+    assert {policy for policy, layer in layers if layer is not None} >= {
+        *("asl", "fastkv", "gemfilter", "pyramidinfer")
+    }
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    lines = replies_path(output).read_text().splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_a_run_goes_on_where_it_was_and_sweeps_layers(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    arguments = [
+        *("--direct", MODEL, "--policy-config", json.dumps(RULE)),
+        *("--policies", "full,asl,fastkv,recency,random"),
+        *("--fastkv-layers", "3,5", "--asl-layers", "6"),
+        *("--tasks", "needle,key_value", "--lengths", "300", "--budgets", "1/4"),
+        *("--n", "3", "--concurrency", "2", "--output", str(output)),
+    ]
+    assert main(arguments) == 0
+    whole = rows(output)
+    labels = ["full", "asl", "recency", "random", "fastkv@3", "fastkv@5", "asl@6"]
+    assert len(whole) == 2 * 3 * len(labels)
+    assert {row["policy"] for row in whole} == set(labels)
+    assert {row["selection_layer"] for row in whole if row["policy"] == "asl@6"} == {6}
+    full = [row["score"] for row in whole if row["policy"] == "full"]
+    assert sum(full) >= 5
+    assert main(arguments) == 2  # it would be gone on with only if asked
+    lines = replies_path(output).read_text().splitlines(keepends=True)
+    replies_path(output).write_text("".join(lines[:-5]))
+    assert main([*arguments, "--resume"]) == 0
+    again = rows(output)
+    key = ("task", "index", "policy")
+    assert sorted(again, key=lambda row: [str(row[k]) for k in key]) == sorted(
+        whole, key=lambda row: [str(row[k]) for k in key]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--start", MODEL], "one of them"),
+        (["--serve-args=--x"], "--serve-args needs --start"),
+    ],
+)
+def test_options_that_say_nothing_together(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--direct", MODEL, "--output", "out.json", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_errors_are_said_before_work(tmp_path: Path) -> None:
+    ask = ["--direct", MODEL, "--tasks", "needle", "--output", str(tmp_path / "o.json")]
+    assert main([*ask, "--policies", "none,best"]) == 2
+    assert main([*ask, "--lengths", "9000"]) == 2
+    assert main([*ask, "--policy-config", '{"windows": 3}']) == 2
+    assert not replies_path(tmp_path / "o.json").exists()
