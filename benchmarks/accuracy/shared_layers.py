@@ -1,6 +1,7 @@
-"""A decoder for many prefills of one prompt: layers of all its tokens run once.
+"""A decoder for many prefills of one prompt, which runs no layer twice.
 
-Policies and budgets differ in what they drop, and until then compute the same.
+Policies and budgets differ in what they drop, and until then compute the same; some
+then drop the same.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tests.oracle.model import LayerOutput, TinyDecoder
 
 Cache = list[tuple[Tensor, Tensor]]
 """Of each layer the keys and values, each [entries, Hkv, D]."""
+_Path = tuple[bytes, ...]
+"""Token ids that were embedded, then the positions that came through each layer."""
 
 
 class FusedDecoder(TinyDecoder):
@@ -41,9 +44,9 @@ class FusedDecoder(TinyDecoder):
 class SharedLayers:
     """Implements `asl_vllm.prefill.DecoderModel` for one prompt after another.
 
-    Owns the prompt's unpruned layers, computed when first needed, and ``cache``,
-    what the prefill since the last `begin_prefill` has kept. A prefill must pass
-    whole layers, not chunks of them.
+    Owns what layers computed of the prompt so far, and ``cache``, what the prefill
+    since the last `begin_prefill` has kept. A prefill must pass whole layers, not
+    chunks of them.
     """
 
     def __init__(self, model: TinyDecoder) -> None:
@@ -61,30 +64,34 @@ class SharedLayers:
         )
         self.cache: Cache = []
         self._ids = torch.empty(0, dtype=torch.int64)
-        self._layers: list[LayerOutput] = []
+        # By what tokens came through which layers up to this one.
+        self._outputs: dict[_Path, LayerOutput] = {}
+        self._path: _Path = ()
 
     def begin_prompt(self, token_ids: list[int]) -> None:
         """Forgets the prompt before."""
         self._ids = torch.tensor(token_ids)
-        self._layers = []
+        self._outputs = {}
 
     def begin_prefill(self) -> None:
         """Forgets what the prefill before has kept."""
         self.cache = [(torch.empty(0), torch.empty(0))] * self.shape.num_layers
 
-    def unpruned_layer(self, layer: int) -> LayerOutput:
-        """What a layer computes of the whole prompt."""
-        while len(self._layers) <= layer:
-            index = len(self._layers)
-            before = self._layers[-1].hidden if index else self.embed(self._ids)
-            positions = torch.arange(len(self._ids))
-            self._layers.append(self.model.layer(index, before, positions))
-        return self._layers[layer]
-
     def unpruned_cache(self) -> Cache:
         """The cache of the whole prompt but its last token."""
-        layers = [self.unpruned_layer(i) for i in range(self.shape.num_layers)]
-        return [(out.k[:-1], out.v[:-1]) for out in layers]
+        hidden, positions = self.embed(self._ids), torch.arange(len(self._ids))
+        cache = []
+        for layer in range(self.shape.num_layers):
+            out = self._output(layer, hidden, positions)
+            hidden = out.hidden
+            cache.append((out.k[:-1], out.v[:-1]))
+        return cache
+
+    def _output(self, layer: int, hidden: Tensor, positions: Tensor) -> LayerOutput:
+        self._path = (*self._path, positions.numpy().tobytes())
+        if self._path not in self._outputs:
+            self._outputs[self._path] = self.model.layer(layer, hidden, positions)
+        return self._outputs[self._path]
 
     def answer(
         self, cache: Cache, max_tokens: int, eos: int | None, guess: Sequence[int]
@@ -125,7 +132,7 @@ class SharedLayers:
     ) -> tuple[Cache, Tensor]:
         """The cache with tokens from a position on, and their last hidden states."""
         positions = torch.arange(position, position + len(ids))
-        hidden, grown = self.embed(ids), []
+        hidden, grown = self.model.embed(ids), []
         for layer, past in enumerate(cache):
             out = self.model.layer(layer, hidden, positions, past)
             hidden = out.hidden
@@ -133,7 +140,8 @@ class SharedLayers:
         return grown, hidden
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """See `DecoderModel.embed`."""
+        """See `DecoderModel.embed`; a path through the layers begins."""
+        self._path = (token_ids.numpy().tobytes(),)
         return self.model.embed(token_ids)
 
     def run_layer(
@@ -141,10 +149,7 @@ class SharedLayers:
     ) -> None:
         """See `DecoderModel.run_layer`."""
         assert start == 0
-        if len(hidden) == len(self._ids):
-            out = self.unpruned_layer(layer)
-        else:
-            out = self.model.layer(layer, hidden, positions)
+        out = self._output(layer, hidden, positions)
         tap.on_query(out.q)
         tap.on_kv(out.k, out.v)
         hidden.copy_(out.hidden)
