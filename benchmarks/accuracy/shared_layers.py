@@ -6,7 +6,7 @@ then drop the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +79,15 @@ class SharedLayers:
 
     def unpruned_cache(self) -> Cache:
         """The cache of the whole prompt but its last token."""
+        return [(out.k[:-1], out.v[:-1]) for out in self.unpruned_layers()]
+
+    def unpruned_layers(self) -> Iterator[LayerOutput]:
+        """What each layer computes of the whole prompt."""
         hidden, positions = self.embed(self._ids), torch.arange(len(self._ids))
-        cache = []
         for layer in range(self.shape.num_layers):
             out = self._output(layer, hidden, positions)
             hidden = out.hidden
-            cache.append((out.k[:-1], out.v[:-1]))
-        return cache
+            yield out
 
     def _output(self, layer: int, hidden: Tensor, positions: Tensor) -> LayerOutput:
         self._path = (*self._path, positions.numpy().tobytes())
