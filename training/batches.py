@@ -29,8 +29,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on a device."""
-        tensors = (self.ids, self.positions, self.labels, self.question)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.tasks)
+        return Batch(
+            self.ids.to(device),
+            self.positions.to(device),
+            self.labels.to(device),
+            self.question.to(device),
+            self.tasks,
+        )
 
 
 def make_batch(

@@ -27,16 +27,16 @@ class FusedDecoder(TinyDecoder):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of the last M of T tokens: see `tests.oracle.model`."""
         group = q.shape[1] // k.shape[1]
-        heads = (
-            x.transpose(0, 1)[None]
-            for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
-        )
         rows, total = len(q), len(k)
         seen = None
         if rows < total:
             seen = torch.ones(rows, total, dtype=torch.bool).tril(total - rows)
         mixed = F.scaled_dot_product_attention(
-            *heads, attn_mask=seen, is_causal=seen is None
+            q.transpose(0, 1)[None],
+            k.repeat_interleave(group, 1).transpose(0, 1)[None],
+            v.repeat_interleave(group, 1).transpose(0, 1)[None],
+            attn_mask=seen,
+            is_causal=seen is None,
         )
         return mixed[0].transpose(0, 1)
 
