@@ -35,6 +35,11 @@ CONFIG_KEY = "asl_vllm"
 _REFERENCE_LAYERS = 32
 _REFERENCE_L_MIN = 10
 _REFERENCE_L_OBS = 8
+_REFERENCE_TAU = 0.3
+# Between few layers ranks differ less than over many, so their variance has less to
+# fall: docs/accuracy.md has the figures.
+_FEW_LAYERS = 4
+_FEW_LAYERS_TAU = 0.9
 
 
 class ConfigError(ValueError):
@@ -66,8 +71,9 @@ class AslConfig:
     a layer to compare with; None: 10/32 of the depth."""
     l_obs: int | None = None
     """Layers whose ranks are compared, at least 2; None: 8/32 of the depth."""
-    tau: float = 0.3
-    """Selection layer: first one whose rank variance is below tau times the first's."""
+    tau: float | None = None
+    """Selection layer: first one whose rank variance is below tau times the first's;
+    None: 0.3, and 0.9 where fewer than 4 layers are compared."""
     selection_layer: int | None = None
     """Fixes the selection layer (0-based): asl's instead of the adaptive rule, that of
     fastkv and gemfilter instead of their share of the depth."""
@@ -130,6 +136,8 @@ class AslConfig:
                 f"{', '.join(HIDDEN_MEMORY)}."
             )
         tau = self.tau
+        if tau is None:
+            return
         if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not tau >= 0:
             raise ConfigError(f"tau: got {tau!r}; allowed: a number of at least 0.")
         if math.isinf(tau):
@@ -167,6 +175,13 @@ class AslConfig:
         if self.l_obs is not None:
             return self.l_obs
         return max(2, round(num_layers * _REFERENCE_L_OBS / _REFERENCE_LAYERS))
+
+    def resolved_tau(self, num_layers: int) -> float:
+        """``tau`` for a model of ``num_layers``."""
+        if self.tau is not None:
+            return self.tau
+        few = self.resolved_l_obs(num_layers) < _FEW_LAYERS
+        return _FEW_LAYERS_TAU if few else _REFERENCE_TAU
 
     def resolved_selection_layer(self, num_layers: int, reference: int) -> int:
         """``selection_layer``; unless given, as deep as ``reference`` of 32 layers."""

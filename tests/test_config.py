@@ -16,10 +16,31 @@ def test_defaults_are_the_reference_settings() -> None:
     config = AslConfig()
     assert config.policy == "none"
     assert config.budget is None
-    assert (config.window, config.pool_kernel, config.tau) == (32, 7, 0.3)
+    assert (config.window, config.pool_kernel) == (32, 7)
     assert (config.resolved_l_min(32), config.resolved_l_obs(32)) == (10, 8)
+    assert config.resolved_tau(32) == 0.3
     assert config.selection_layer is None
     assert (config.propagated_share, config.decay_ratio) == (0.2, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "tau"),
+    [
+        (10, {}, 0.9),
+        (13, {}, 0.9),
+        (14, {}, 0.3),
+        (16, {}, 0.3),
+        (80, {}, 0.3),
+        (32, {"l_obs": 3}, 0.9),
+        (10, {"l_obs": 4}, 0.3),
+        (10, {"tau": 0.0}, 0.0),
+        (10, {"tau": 0.5}, 0.5),
+    ],
+)
+def test_tau_suits_the_layers_compared(
+    layers: int, options: dict[str, Any], tau: float
+) -> None:
+    assert AslConfig(policy="asl", **options).resolved_tau(layers) == tau
 
 
 def test_policies_are_named() -> None:

@@ -83,6 +83,7 @@ def variant(
             **options.to_dict(),
             "l_min": options.resolved_l_min(num_layers),
             "l_obs": options.resolved_l_obs(num_layers),
+            "tau": options.resolved_tau(num_layers),
         },
     )
     check_policies(policies, served)

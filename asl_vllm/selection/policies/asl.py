@@ -21,6 +21,7 @@ class AslPolicy(Policy):
     def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
         """See `Policy`."""
         super().__init__(config, num_layers=num_layers, kept_tokens=kept_tokens)
+        self._tau = config.resolved_tau(num_layers)
         self._history = RankHistory(
             l_min=config.resolved_l_min(num_layers),
             l_obs=config.resolved_l_obs(num_layers),
@@ -38,7 +39,7 @@ class AslPolicy(Policy):
             variance = self._read(layer, layer_score, head_scores, observed)
             if variance is not None:
                 ratio = self._history.ratio(variance)
-            selects = ratio is not None and ratio < self.config.tau
+            selects = ratio is not None and ratio < self._tau
         else:
             self._read(layer, layer_score, head_scores)
             selects = layer == fixed
