@@ -183,6 +183,14 @@ class AslConfig:
         few = self.resolved_l_obs(num_layers) < _FEW_LAYERS
         return _FEW_LAYERS_TAU if few else _REFERENCE_TAU
 
+    def resolved_rule(self, num_layers: int) -> dict[str, int | float]:
+        """``l_min``, ``l_obs`` and ``tau`` for a model of ``num_layers``."""
+        return {
+            "l_min": self.resolved_l_min(num_layers),
+            "l_obs": self.resolved_l_obs(num_layers),
+            "tau": self.resolved_tau(num_layers),
+        }
+
     def resolved_selection_layer(self, num_layers: int, reference: int) -> int:
         """``selection_layer``; unless given, as deep as ``reference`` of 32 layers."""
         if self.selection_layer is not None:

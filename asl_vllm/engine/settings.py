@@ -50,9 +50,7 @@ def resolved_options(vllm_config: VllmConfig) -> dict[str, Any]:
     num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
     return {
         **config.to_dict(),
-        "l_min": config.resolved_l_min(num_layers),
-        "l_obs": config.resolved_l_obs(num_layers),
-        "tau": config.resolved_tau(num_layers),
+        **config.resolved_rule(num_layers),
         "max_prefill_tokens": prefill_capacity(vllm_config),
         "chunk_tokens": chunk_tokens(vllm_config),
     }

@@ -79,12 +79,7 @@ def variant(
         block_size=block_size,
         minimum_budget=minimum_budget(options.window, block_size),
         max_model_len=facts["max_position_embeddings"],
-        config={
-            **options.to_dict(),
-            "l_min": options.resolved_l_min(num_layers),
-            "l_obs": options.resolved_l_obs(num_layers),
-            "tau": options.resolved_tau(num_layers),
-        },
+        config={**options.to_dict(), **options.resolved_rule(num_layers)},
     )
     check_policies(policies, served)
     return Variant(options, served, tuple(policies))
