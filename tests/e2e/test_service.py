@@ -248,7 +248,7 @@ def test_policies(pruning: Server) -> None:
         "kv_bytes_per_token": 2 * 2 * 32 * 4 * LAYERS,
         "pool_tokens": POOL_TOKENS,
         "config": {
-            **{"policy": "asl", "budget": None, "pool_kernel": 7, "tau": 0.3},
+            **{"policy": "asl", "budget": None, "pool_kernel": 7, "tau": 0.9},
             **{"l_min": 3, "l_obs": 2, "max_prefill_tokens": 4096},
             **{"propagated_share": 0.2, "decay_ratio": 0.9, "bands": 1},
             **{"hidden_memory": "device", "pass_share": 1.0},
@@ -270,21 +270,24 @@ def test_stats_follow_requests_through_the_layers(pruning: Server) -> None:
     prompts = [needle(20 + i, 3000) for i in range(3)]
     total = POOL_TOKENS // BLOCK
     seen: list[dict[str, Any]] = []
-    done = threading.Event()
+    polling, done = threading.Event(), threading.Event()
 
     def poll() -> None:
         with pruning.connect() as client:
             while not done.is_set():
                 seen.append(stats(client))
+                polling.set()
                 time.sleep(0.02)
 
     def ask(prompt: Any) -> httpx.Response:
-        asked = body(COMPLETIONS, prompt.text, kv_budget=BUDGET, max_tokens=32)
+        # Answers long enough to be seen where the machine is busy.
+        asked = body(COMPLETIONS, prompt.text, kv_budget=BUDGET, max_tokens=96)
         return pruning.post(COMPLETIONS, **asked, ignore_eos=True)
 
     poller = threading.Thread(target=poll)
     poller.start()
     try:
+        assert polling.wait(timeout=60)
         with ThreadPoolExecutor(3) as pool:
             replies = list(pool.map(ask, prompts))
     finally:
