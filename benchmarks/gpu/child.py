@@ -17,11 +17,13 @@ from typing import Any
 from benchmarks.gpu.stage import Host, Skipped, Stage
 
 RUNNING = "running"
+PART = ".part"
+"""Suffix of files that are being written."""
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replaces a file in one step."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(PART)
     part.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(part, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from benchmarks.gpu.child import RUNNING, write_json
+from benchmarks.gpu.child import PART, RUNNING, write_json
 from benchmarks.gpu.stage import Stage
 
 Result = dict[str, Any]
@@ -136,10 +137,22 @@ class Run:
 
 
 def write_archive(folder: Path, archive: Path) -> None:
-    """Packs a folder, replacing the archive in one step."""
+    """Packs a folder's files, replacing the archive in one step.
+
+    Stages may write there meanwhile: what they have not finished is left out.
+    """
     part = archive.with_name(archive.name + ".part")
     with tarfile.open(part, "w:gz") as tar:
-        tar.add(folder, arcname=folder.name)
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir() or path.suffix == PART:
+                continue
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue  # of an earlier run, deleted as its stage begins again
+            member = tarfile.TarInfo(str(folder.name / path.relative_to(folder)))
+            member.size, member.mtime = len(content), int(time.time())
+            tar.addfile(member, io.BytesIO(content))
     os.replace(part, archive)
 
 

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import sys
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu.runner import Run, earlier
+from benchmarks.gpu.child import write_json
+from benchmarks.gpu.runner import Run, earlier, write_archive
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.table import markdown_rows, page, remark, summary
 from tests.gpu_run.fakes import FAKES
@@ -88,6 +91,39 @@ def test_files_hold_what_was_returned(finished: Any) -> None:
         packed = {Path(name).name for name in archive.getnames()}
     assert {f"{name}.json" for name in FAKES} <= packed
     assert not list(folder.rglob("*.part"))
+
+
+def test_archives_are_whole_while_stages_write(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    (output / "logs").mkdir(parents=True)
+    (output / "logs" / "done.log").write_text("all of it")
+    (output / "killed.part").write_text("half of ")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            write_json(output / "written.json", {"rows": list(range(1000))})
+            write_json(output / "deleted.json", {})
+            (output / "deleted.json").unlink()
+
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write)
+        try:
+            for _ in range(200):
+                write_archive(output, tmp_path / "archive.tar.gz")
+                with tarfile.open(tmp_path / "archive.tar.gz") as archive:
+                    for member in archive.getmembers():
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        if member.name.endswith(".json"):
+                            json.load(file)
+        finally:
+            stop.set()
+        writing.result()
+    write_archive(output, tmp_path / "archive.tar.gz")
+    with tarfile.open(tmp_path / "archive.tar.gz") as archive:
+        names = archive.getnames()
+    assert names == ["output/logs/done.log", "output/written.json"]
 
 
 def test_what_does_not_fit_any_more_is_not_run(tmp_path: Path) -> None:
