@@ -85,7 +85,7 @@ def test_assets_are_in_the_built_package(built):
     folders = (ASSETS, PAGES)
     found = (path for folder in folders for path in folder.rglob("*"))
     on_disk = {path.relative_to(ROOT) for path in found if path.is_file()}
-    assert Path("asl_vllm/assets/tiny_retriever/config.json") in on_disk
+    assert Path("asl_vllm/assets/deep_retriever/config.json") in on_disk
     assert Path("server/asl_server/pages/index.html") in on_disk
     assert on_disk <= shipped
 

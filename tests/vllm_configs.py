@@ -18,7 +18,7 @@ from vllm.model_executor.models import registry
 from asl_vllm import plugin
 from asl_vllm.engine import request
 
-TINY_MODEL = Path(__file__).parents[1] / "asl_vllm" / "assets" / "tiny_retriever"
+TINY_MODEL = Path(__file__).parent / "models" / "tiny_retriever"
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 240,

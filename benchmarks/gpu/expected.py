@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
-MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever"
+MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
 RULE: dict[str, Any] = {
     "window": 8,
     "pool_kernel": 7,
-    "l_min": 4,
-    "l_obs": 2,
-    "tau": 0.9,
+    "l_min": 5,
+    "l_obs": 4,
+    "tau": 0.3,
 }
-"""The rule's settings for a model of ten layers; it selects layer 5 of most prompts."""
+"""The rule's defaults for a model of sixteen layers, but for a shorter window."""
 BUDGET, BLOCK = 128, 32
 MAX_TOKENS = 24
 QUESTIONS = (

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.accuracy.tasks import Sample
 from benchmarks.accuracy.tasks.words import VOCABULARY
 
-TINY_MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever"
+TINY_MODEL = Path(__file__).parents[1] / "models" / "tiny_retriever"
 
 
 class PieceTokenizer:

@@ -16,7 +16,7 @@ from tests.oracle import asl, published
 from tests.oracle.model import TinyDecoder
 from tests.oracle.tasks import key_value
 
-MODEL = str(Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever")
+MODEL = str(Path(__file__).parents[1] / "models" / "tiny_retriever")
 WINDOW, POOL, KEPT, LENGTH = 8, 7, 72, 296
 RULE = {"window": WINDOW, "pool_kernel": POOL, "l_min": 4, "l_obs": 2, "tau": 0.9}
 

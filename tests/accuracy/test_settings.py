@@ -15,7 +15,7 @@ from benchmarks.accuracy.settings import Setting, Tracer, main, outcome, work
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
-MODEL = str(Path(__file__).parents[2] / "asl_vllm" / "assets" / "tiny_retriever")
+MODEL = str(Path(__file__).parents[1] / "models" / "tiny_retriever")
 LENGTH, SHARE = 300, 1 / 4
 PLACES = [("needle", 0), ("needle", 1), ("key_value", 0), ("key_value", 1)]
 

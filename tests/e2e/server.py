@@ -70,7 +70,7 @@ def serve(
     certificate: tuple[Path, Path] | None = None,
     **env: str,
 ) -> Iterator[Server]:
-    """Starts a server with ``options`` on the shipped model; stops it at the end.
+    """Starts a server with ``options`` on the tiny model; stops it at the end.
 
     ``key`` is what clients send; ``certificate`` (key file, certificate file) makes
     it an HTTPS server.

@@ -1,33 +1,73 @@
-"""The README's commands, run as they stand there."""
+"""The commands of README.md and docs/api.md, run as they stand there."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.documents import assert_within, run_shell, shell_examples
-from tests.e2e.server import serve_command
+from tests.e2e.server import Server, serve_command
+from tests.oracle.tasks import needle
 
 REPOSITORY = Path(__file__).parents[2]
+README, API_DOCUMENT = REPOSITORY / "README.md", REPOSITORY / "docs" / "api.md"
 
 
-def test_the_commands_print_what_the_readme_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(REPOSITORY)
-    (start, _), *commands = shell_examples(REPOSITORY / "README.md")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The README's; what docs/api.md shows is of the same model and policy."""
+    (start, _), *_ = shell_examples(README)
     program, *options = shlex.split(start.replace("\\\n", " "))
     assert program == ".venv/bin/vllm"
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        with serve_command([program, *options], folder / "log.txt") as started:
+            yield started
+
+
+def test_the_commands_print_what_the_readme_says(server: Server) -> None:
+    """Must come first: the totals that the README shows are of one request."""
+    _, *commands = shell_examples(README)
     assert len(commands) >= 3
-    with serve_command([program, *options], tmp_path / "log.txt") as server:
-        for command, expected in commands:
-            assert "curl -s" in command
-            printed = run_shell(command, server.url)
-            assert expected is not None, "the README shows no reply to this"
+    for command, expected in commands:
+        assert "curl -s" in command
+        printed = run_shell(command, server.url)
+        assert expected is not None, "the README shows no reply to this"
+        assert_within(json.loads(expected), json.loads(printed))
+    page = server.http.get("/kv")
+    assert page.status_code == 200
+    assert "vllm:asl_requests_total" in server.http.get("/metrics").text
+
+
+def test_the_commands_of_the_api_print_what_it_says(server: Server) -> None:
+    (setting, _), *commands = shell_examples(API_DOCUMENT)
+    assert "PROMPT=" in setting
+    assert len(commands) >= 8
+    for command, expected in commands:
+        assert "curl -s" in command
+        printed = run_shell(setting + command, server.url)
+        if expected is not None:
             assert_within(json.loads(expected), json.loads(printed))
-        page = server.http.get("/kv")
-        assert page.status_code == 200
-        assert "vllm:asl_requests_total" in server.http.get("/metrics").text
+        elif "-D -" in command:
+            for header in ("policy", "selection-layer", "kept-tokens", "pruned-tokens"):
+                assert f"x-kv-{header}" in printed.lower()
+        else:
+            *_, last, done = re.findall(r"^data: (.*)$", printed, re.M)
+            assert done == "[DONE]"
+            assert json.loads(last)["usage"]["kv_cache"]["budget"] == 0.25
+
+
+def test_the_client_of_the_api(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = API_DOCUMENT.read_text("utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    script = script.replace("http://localhost:8000", server.url)
+    exec(script, {"PROMPT": needle(7, 600).text})
+    assert capsys.readouterr().out == "119\n"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,13 +13,11 @@ import pytest
 
 from asl_vllm import __version__
 from asl_vllm.config import POLICY_NAMES
-from tests.e2e.documents import assert_within, run_shell, shell_examples
 from tests.e2e.prometheus import scrape, settle, since
 from tests.e2e.server import MODEL_NAME, Server
 from tests.e2e.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
 from tests.oracle.tasks import needle
 
-API_DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 QUESTION = needle(7, 600)
 OTHER = needle(9, 300)
 BUDGET = 128
@@ -403,28 +399,3 @@ def test_openapi_has_the_field_and_the_routes(pruning: Server) -> None:
         assert set(replies) == {"200", "503"}
         assert "$ref" in replies["200"]["content"]["application/json"]["schema"]
     assert pruning.http.get("/docs").status_code == 200
-
-
-def test_the_documents_commands(pruning: Server) -> None:
-    """docs/api.md: each command runs and prints what the document says."""
-    (setting, _), *commands = shell_examples(API_DOCUMENT)
-    assert "PROMPT=" in setting
-    assert len(commands) >= 8
-    for command, expected in commands:
-        assert "curl -s" in command
-        printed = run_shell(setting + command, pruning.url)
-        if expected is not None:
-            assert_within(json.loads(expected), json.loads(printed))
-        elif "-D -" in command:
-            for header in HEADERS:
-                assert header in printed.lower()
-        else:
-            assert events(printed)[-1]["usage"]["kv_cache"]["budget"] == 0.25
-
-
-def test_the_documents_client(pruning: Server, capsys: pytest.CaptureFixture) -> None:
-    text = API_DOCUMENT.read_text("utf-8")
-    (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    script = script.replace("http://localhost:8000", pruning.url)
-    exec(script, {"PROMPT": QUESTION.text})
-    assert capsys.readouterr().out == f"{KEPT - 1}\n"

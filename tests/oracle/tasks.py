@@ -1,4 +1,4 @@
-"""Retrieval prompts in the formats that the shipped tiny model was trained on.
+"""Retrieval prompts in the formats that the small models were trained on.
 
 A prompt has exactly as many tokens as asked for, BOS included. Its text leaves BOS
 out, because the tokenizer adds it.

@@ -22,7 +22,7 @@ from tests.oracle.asl import ranks as ranks_of
 from tests.oracle.tasks import TASKS, VOCABULARY, Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "asl_vllm" / "assets" / "tiny_retriever"
+TINY_MODEL = ROOT / "tests" / "models" / "tiny_retriever"
 GOLDEN = sorted((ROOT / "../shared/golden").resolve().glob("case*.npz"))
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 2, "l_obs": 2, "tau": 0.5}
 SMALL = {
@@ -36,8 +36,8 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def shipped() -> TinyDecoder:
-    return TinyDecoder.load(SHIPPED)
+def tiny() -> TinyDecoder:
+    return TinyDecoder.load(TINY_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def assert_equals_transformers(model_dir: Path, num_tokens: int, vocab: int) -> 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shipped_model_equals_transformers() -> None:
-    assert_equals_transformers(SHIPPED, 300, 234)
+def test_a_trained_model_equals_transformers() -> None:
+    assert_equals_transformers(TINY_MODEL, 300, 234)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -306,7 +306,7 @@ def test_pyramidinfer_without_decay_drops_nothing(random_model: TinyDecoder) -> 
 
 
 def test_vocabulary_is_the_tokenizers() -> None:
-    vocab = Tokenizer.from_file(str(SHIPPED / "tokenizer.json")).get_vocab()
+    vocab = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json")).get_vocab()
     words = sorted(vocab, key=vocab.__getitem__)
     assert words[: len(VOCABULARY)] == VOCABULARY
     assert all(word.startswith("<unused") for word in words[len(VOCABULARY) :])
@@ -315,7 +315,7 @@ def test_vocabulary_is_the_tokenizers() -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("num_tokens", [32, 333, 2048])
 def test_prompt_text_and_ids_agree(task: str, num_tokens: int) -> None:
-    tokenizer = Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
     for seed in range(3):
         prompt = TASKS[task](seed, num_tokens)
         assert len(prompt.token_ids) == num_tokens
@@ -336,22 +336,20 @@ def test_random_models_tokenizer(tmp_path: Path, arch: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_full_attention_answers(shipped: TinyDecoder, task: str) -> None:
+def test_full_attention_answers(tiny: TinyDecoder, task: str) -> None:
     prompts = [TASKS[task](seed, 512) for seed in range(10)]
-    right = sum(answer(shipped, p, kept=None).tokens == p.answer_ids for p in prompts)
+    right = sum(answer(tiny, p, kept=None).tokens == p.answer_ids for p in prompts)
     print(f"{task}: {right}/10 right under full attention at 512 tokens")
     assert right >= 8
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pruned_answers_match_full_attention(shipped: TinyDecoder, task: str) -> None:
+def test_pruned_answers_match_full_attention(tiny: TinyDecoder, task: str) -> None:
     prompts = [TASKS[task](seed, 2048) for seed in range(10)]
     pruned = {"kept": 96, "selection_layer": 4}
-    full = [answer(shipped, p, kept=None).tokens for p in prompts]
-    asl = [answer(shipped, p, **pruned).tokens for p in prompts]
-    control = [
-        answer(shipped, p, policy="random", **pruned).tokens for p in prompts[:5]
-    ]
+    full = [answer(tiny, p, kept=None).tokens for p in prompts]
+    asl = [answer(tiny, p, **pruned).tokens for p in prompts]
+    control = [answer(tiny, p, policy="random", **pruned).tokens for p in prompts[:5]]
     same = sum(a == b for a, b in zip(asl, full, strict=True))
     chance = sum(a == b for a, b in zip(control, full, strict=False))
     print(f"{task}: {same}/10 as full attention, random control {chance}/5")
@@ -360,9 +358,9 @@ def test_pruned_answers_match_full_attention(shipped: TinyDecoder, task: str) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_adaptive_answers(shipped: TinyDecoder, task: str) -> None:
+def test_adaptive_answers(tiny: TinyDecoder, task: str) -> None:
     prompts = [TASKS[task](seed, 1024) for seed in range(5)]
-    runs = [answer(shipped, p, kept=96, l_min=4, tau=0.8) for p in prompts]
+    runs = [answer(tiny, p, kept=96, l_min=4, tau=0.8) for p in prompts]
     layers = [run.selection_layer for run in runs]
     print(f"{task}: selection layers {layers}")
     assert [run.tokens for run in runs] == [p.answer_ids for p in prompts]

@@ -1,4 +1,4 @@
-"""The weights in the repository are what the model card says."""
+"""The weights that are shipped are what the model card says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.accuracy.tokens import HubTokenizer
 from training.model import ModelConfig
 from training.vocabulary import TOKENIZER_DIR
 
-MODEL = Path(__file__).parents[2] / "training" / "deep_retriever"
+MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
 LENGTH, COUNT = 400, 4
 
 

@@ -1,4 +1,4 @@
-"""The tasks that the shipped small models can read: needle, key_value, hops_1 to _4.
+"""The tasks that the small models can read: needle, key_value, hops_1 to _4.
 
 Source: this repository, `benchmarks.accuracy.tasks.words`. Sizes are words.
 """

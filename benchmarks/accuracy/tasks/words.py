@@ -1,4 +1,4 @@
-"""The words of the shipped small models, and the formats that those were trained on.
+"""The words of the small models, and the formats that those were trained on.
 
 Their tokenizer knows 240 words and makes one token of each. The lists below are the
 data; the functions write a prompt of an exact number of words and its answer.

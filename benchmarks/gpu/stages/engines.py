@@ -73,7 +73,7 @@ WAYS = (
     Way("v2", FLASH, "full graphs", {"async_scheduling": False}),
     Way("v1", FLASH, "full graphs", {"async_scheduling": False}),
     Way("v2", TRITON, "eager", {"dtype": "float32"}),
-    Way("v2", FLASH, "full graphs", bands=5),
+    Way("v2", FLASH, "full graphs", bands=4),
 )
 
 
