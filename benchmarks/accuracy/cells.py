@@ -46,6 +46,11 @@ def parse_budget(text: str) -> Fraction | int:
     raise CellError(f"budget: got {text!r}; allowed: tokens, or a share such as 1/8")
 
 
+def tokens_of(budget: Fraction | int, length: int) -> int:
+    """What is kept of prompts of ``length``."""
+    return int(budget if isinstance(budget, int) else budget * length)
+
+
 def label(policy: str, served: Served) -> str:
     """The policy's name, with the layer where the server fixes it: ``fastkv@3``."""
     layer = served.config.get("selection_layer")
@@ -71,16 +76,16 @@ def cells(
     length: int,
     served: Served,
 ) -> Iterator[Cell]:
-    """Each policy at each budget that prunes prompts of ``length`` at all.
+    """Each policy at each budget that prunes prompts of ``length`` at all, once.
 
     Budgets below the server's smallest, and those of at least ``length``, are left
     out for all policies alike.
     """
-    for policy in policies:
+    sizes = dict.fromkeys(tokens_of(budget, length) for budget in budgets)
+    for policy in dict.fromkeys(policies):
         if policy == FULL:
             yield Cell(FULL, FULL, None)
             continue
-        for budget in budgets:
-            tokens = int(budget if isinstance(budget, int) else budget * length)
+        for tokens in sizes:
             if served.minimum_budget <= tokens < length:
                 yield Cell(policy, label(policy, served), tokens)

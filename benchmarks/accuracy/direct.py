@@ -24,7 +24,7 @@ from asl_vllm.selection import minimum_budget
 from benchmarks.accuracy.cells import FULL, Cell, cells, check_policies
 from benchmarks.accuracy.client import Reply, Served
 from benchmarks.accuracy.controls import CONTROLS
-from benchmarks.accuracy.prompts import Prompt, PromptMaker
+from benchmarks.accuracy.prompts import PromptMaker
 from benchmarks.accuracy.replies import Record, Replies
 from benchmarks.accuracy.run import Plan, record, shortened_prompt
 from benchmarks.accuracy.shared_layers import Cache, FusedDecoder, SharedLayers
@@ -96,6 +96,27 @@ class DirectModel:
         self._control = SharedLayers(self.layers.model)
 
     @torch.inference_mode()
+    def replies(
+        self,
+        asked: Sequence[tuple[Variant, Cell]],
+        ids: list[int],
+        max_tokens: int,
+        guess: str = "",
+    ) -> list[Reply]:
+        """Answers to the prompt that ``layers`` is at, as servers reply.
+
+        ``guess``: what they may be; if right, they are found faster, all together.
+        """
+        if not asked:
+            return []
+        prefills = [self._prefilled(variant, cell, ids) for variant, cell in asked]
+        caches = [cache for cache, _ in prefills]
+        texts = self._texts(self.layers, caches, max_tokens, guess)
+        return [
+            Reply(text, len(ids), report)
+            for text, (_, report) in zip(texts, prefills, strict=True)
+        ]
+
     def reply(
         self,
         variant: Variant,
@@ -104,18 +125,24 @@ class DirectModel:
         max_tokens: int,
         guess: str = "",
     ) -> Reply:
-        """The answer to the prompt that ``layers`` is at, as a server replies.
+        """One of `replies`."""
+        (reply,) = self.replies([(variant, cell)], ids, max_tokens, guess)
+        return reply
 
-        ``guess``: what it may be; if right, it is found faster.
-        """
-        wanted = max_tokens, guess
+    @torch.inference_mode()
+    def control(self, ids: list[int], max_tokens: int, guess: str = "") -> Reply:
+        """The answer to another prompt, unpruned."""
+        self._control.begin_prompt(ids)
+        caches = [self._control.unpruned_cache()]
+        (text,) = self._texts(self._control, caches, max_tokens, guess)
+        return Reply(text, len(ids), None)
+
+    def _prefilled(
+        self, variant: Variant, cell: Cell, ids: list[int]
+    ) -> tuple[Cache, dict[str, Any] | None]:
+        """What is left of the prompt's cache, and what a server reports of that."""
         if cell.policy == FULL:
-            text = self._text(self.layers, self.layers.unpruned_cache(), *wanted)
-            return Reply(text, len(ids), None)
-        if cell.policy in CONTROLS:
-            self._control.begin_prompt(ids)
-            text = self._text(self._control, self._control.unpruned_cache(), *wanted)
-            return Reply(text, len(ids), None)
+            return self.layers.unpruned_cache(), None
         assert cell.budget is not None
         kept = variant.served.kept(cell.budget, len(ids))
         job = PrefillJob(
@@ -127,21 +154,18 @@ class DirectModel:
         while not prefill.done:
             prefill.advance(len(ids))
         report = prefill.report()
-        kv_cache = {
+        return self.layers.cache, {
             "kept_tokens": report.kept_tokens,
             "selection_layer": report.selection_layer,
             "skipped_token_layers": report.skipped_token_layers,
         }
-        text = self._text(self.layers, self.layers.cache, *wanted)
-        return Reply(text, len(ids), kv_cache)
 
-    def _text(
-        self, layers: SharedLayers, cache: Cache, max_tokens: int, guess: str
-    ) -> str:
-        ids = self._tokens.ids(guess)
-        return self._tokens.decode(
-            layers.answer(cache, max_tokens, self._tokens.eos, ids)
-        )
+    def _texts(
+        self, layers: SharedLayers, caches: list[Cache], max_tokens: int, guess: str
+    ) -> list[str]:
+        tokens, eos = self._tokens.ids(guess), self._tokens.eos
+        answers = layers.answers(caches, max_tokens, eos, tokens)
+        return [self._tokens.decode(answer) for answer in answers]
 
 
 class _Worker:
@@ -162,27 +186,37 @@ class _Worker:
         task = TASKS[name]
         prompt = self._maker.prompt(task, length, index)
         self._model.layers.begin_prompt(prompt.token_ids)
+        size, guess = task.max_tokens, prompt.answers[0]
+        asked = [
+            (variant, cell)
+            for variant, cell in asked_of(self._made, self._plan, length)
+            if (cell.label, cell.budget) not in done
+        ]
+        pruned = [pair for pair in asked if pair[1].policy not in CONTROLS]
+        replies = iter(self._model.replies(pruned, prompt.token_ids, size, guess))
         found = []
-        for variant in self._made:
-            served = variant.served
-            for cell in cells(variant.policies, self._plan.budgets, length, served):
-                if (cell.label, cell.budget) in done:
-                    continue
-                ids = self._sent(prompt, cell, served, place)
-                reply = self._model.reply(
-                    variant, cell, ids, task.max_tokens, prompt.answers[0]
+        for variant, cell in asked:
+            if cell.policy in CONTROLS:
+                ids = shortened_prompt(
+                    prompt.token_ids, cell, variant.served, self._bos, place
                 )
-                found.append(
-                    record(task, length, index, cell, prompt, reply, len(ids), served)
-                )
+                reply = self._model.control(ids, size, guess)
+            else:
+                reply = next(replies)
+            sent = (reply, reply.prompt_tokens, variant.served)
+            found.append(record(task, length, index, cell, prompt, *sent))
         return found
 
-    def _sent(
-        self, prompt: Prompt, cell: Cell, served: Served, place: Place
-    ) -> list[int]:
-        if cell.policy not in CONTROLS:
-            return prompt.token_ids
-        return shortened_prompt(prompt.token_ids, cell, served, self._bos, place)
+
+def asked_of(
+    made: Sequence[Variant], plan: Plan, length: int
+) -> list[tuple[Variant, Cell]]:
+    """Each cell of prompts of a length once, and the variant it is asked under."""
+    found: dict[tuple[str, int | None], tuple[Variant, Cell]] = {}
+    for variant in made:
+        for cell in cells(variant.policies, plan.budgets, length, variant.served):
+            found.setdefault((cell.label, cell.budget), (variant, cell))
+    return list(found.values())
 
 
 _worker: _Worker
@@ -223,11 +257,7 @@ def answer_all(
 def _todo(
     name: str, length: int, plan: Plan, made: Sequence[Variant], replies: Replies
 ) -> Iterator[tuple[Place, frozenset[tuple[str, Any]]]]:
-    wanted = [
-        cell
-        for variant in made
-        for cell in cells(variant.policies, plan.budgets, length, variant.served)
-    ]
+    wanted = [cell for _, cell in asked_of(made, plan, length)]
     for index in range(plan.n):
         done = [cell for cell in wanted if replies.has(name, length, index, cell)]
         if len(done) < len(wanted):

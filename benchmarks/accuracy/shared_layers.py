@@ -41,6 +41,26 @@ class FusedDecoder(TinyDecoder):
         return mixed[0].transpose(0, 1)
 
 
+class _BatchDecoder(FusedDecoder):
+    """As many equal parts of tokens as there are ``pasts``, each after its own."""
+
+    pasts: Sequence[tuple[Tensor, Tensor]] = ()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each part sees its past and, causally, itself."""
+        count = len(self.pasts)
+        parts = zip(
+            *(self.pasts, q.chunk(count), k.chunk(count), v.chunk(count)), strict=True
+        )
+        attend = super().attend
+        return torch.cat(
+            [
+                attend(own_q, torch.cat([past[0], own_k]), torch.cat([past[1], own_v]))
+                for past, own_q, own_k, own_v in parts
+            ]
+        )
+
+
 class SharedLayers:
     """Implements `asl_vllm.prefill.DecoderModel` for one prompt after another.
 
@@ -95,27 +115,38 @@ class SharedLayers:
             self._outputs[self._path] = self.model.layer(layer, hidden, positions)
         return self._outputs[self._path]
 
-    def answer(
-        self, cache: Cache, max_tokens: int, eos: int | None, guess: Sequence[int]
-    ) -> list[int]:
+    def answers(
+        self,
+        caches: Sequence[Cache],
+        max_tokens: int,
+        eos: int | None,
+        guess: Sequence[int],
+    ) -> list[list[int]]:
         """Greedy tokens after the prompt, up to `eos`, which is left out.
 
-        ``cache``: of all of the prompt but its last token, or what was kept of that.
-        ``guess``: what they may be. Right ones are found so in one step together; it
-        changes nothing else.
+        ``caches``: each of all of the prompt but its last token, or of what was kept
+        of that. ``guess``: what the tokens may be. Right ones are found so in one
+        step together, for all caches; it changes nothing else.
         """
+        ids = [int(self._ids[-1]), *guess[: max_tokens - 1]]
+        steps = self._extended(caches, ids, len(self._ids) - 1)
+        return [self._answer(cache, max_tokens, eos, ids, f) for cache, f in steps]
+
+    def _answer(
+        self,
+        cache: Cache,
+        max_tokens: int,
+        eos: int | None,
+        ids: list[int],
+        found: list[int],
+    ) -> list[int]:
+        """Goes on from a step, of which ``ids`` came in and ``found`` out."""
         tokens: list[int] = []
-        last, position = self._ids[-1:], len(self._ids) - 1
+        position = len(self._ids) - 1
         while True:
-            ahead = list(guess[len(tokens) : max_tokens - 1])
-            if tokens != list(guess[: len(tokens)]):
-                ahead = []
-            ids = torch.cat([last, torch.tensor(ahead, dtype=torch.int64)])
-            cache, hidden = self._extended(cache, ids, position)
-            found = self.model.logits(hidden).argmax(-1).tolist()
             # Each is greedy as long as those that it was computed from are.
             right = 1
-            while right < len(found) and ahead[right - 1] == found[right - 1]:
+            while right < len(found) and ids[right] == found[right - 1]:
                 right += 1
             for token in found[:right]:
                 if token == eos:
@@ -127,19 +158,27 @@ class SharedLayers:
             if unused:
                 cache = [(k[:-unused], v[:-unused]) for k, v in cache]
             position += right
-            last = torch.tensor(tokens[-1:])
+            ids = tokens[-1:]
+            ((cache, found),) = self._extended([cache], ids, position)
 
     def _extended(
-        self, cache: Cache, ids: Tensor, position: int
-    ) -> tuple[Cache, Tensor]:
-        """The cache with tokens from a position on, and their last hidden states."""
-        positions = torch.arange(position, position + len(ids))
-        hidden, grown = self.model.embed(ids), []
-        for layer, past in enumerate(cache):
-            out = self.model.layer(layer, hidden, positions, past)
+        self, caches: Sequence[Cache], ids: Sequence[int], position: int
+    ) -> list[tuple[Cache, list[int]]]:
+        """Each cache with tokens from a position on, and the tokens after them."""
+        count = len(caches)
+        positions = torch.arange(position, position + len(ids)).repeat(count)
+        hidden = self.model.embed(torch.tensor(ids)).repeat(count, 1)
+        grown: list[Cache] = [[] for _ in caches]
+        batch = _BatchDecoder(self.model.config, self.model.weights)
+        for layer in range(self.shape.num_layers):
+            batch.pasts = [cache[layer] for cache in caches]
+            out = batch.layer(layer, hidden, positions)
             hidden = out.hidden
-            grown.append((torch.cat([past[0], out.k]), torch.cat([past[1], out.v])))
-        return grown, hidden
+            parts = zip(out.k.chunk(count), out.v.chunk(count), strict=True)
+            for cache, past, (k, v) in zip(grown, batch.pasts, parts, strict=True):
+                cache.append((torch.cat([past[0], k]), torch.cat([past[1], v])))
+        found = self.model.logits(hidden).argmax(-1).view(count, -1).tolist()
+        return list(zip(grown, found, strict=True))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """See `DecoderModel.embed`; a path through the layers begins."""
