@@ -32,7 +32,7 @@ test-units:
 test-engines:
 	$(BIN)/python -m pytest tests/e2e $(addprefix --ignore=,$(LATE))
 
-bench: setup ## Measure side by side with stock vLLM (about an hour on two cores)
+bench: setup ## Measure side by side with stock vLLM (one to two hours on two cores)
 	$(BIN)/python -m benchmarks
 
 fuzz: setup ## Send thousands of hostile requests to a server

@@ -36,10 +36,10 @@ _REFERENCE_LAYERS = 32
 _REFERENCE_L_MIN = 10
 _REFERENCE_L_OBS = 8
 _REFERENCE_TAU = 0.3
-# Between few layers ranks differ less than over many, so their variance has less to
-# fall: docs/accuracy.md has the figures.
-_FEW_LAYERS = 4
-_FEW_LAYERS_TAU = 0.9
+# A shallow model's ranks do not settle to 0.3 in the layers it has: docs/accuracy.md
+# has the figures, of one model of 10 layers and one of 16.
+_SHALLOW_LAYERS = 14
+_SHALLOW_TAU = 0.9
 
 
 class ConfigError(ValueError):
@@ -52,7 +52,8 @@ class AslConfig:
 
     Defaults are the reference settings of ASL (arXiv 2601.07667) for 32 layers, and
     those that the other policies were published with. Layers scale with the model's
-    depth unless given. docs/policies.md says which policy reads which option.
+    depth unless given, and ``tau`` is higher for shallow models. docs/policies.md says
+    which policy reads which option.
     """
 
     policy: str = "none"
@@ -73,7 +74,7 @@ class AslConfig:
     """Layers whose ranks are compared, at least 2; None: 8/32 of the depth."""
     tau: float | None = None
     """Selection layer: first one whose rank variance is below tau times the first's;
-    None: 0.3, and 0.9 where fewer than 4 layers are compared."""
+    None: 0.3, and 0.9 for models of fewer than 14 layers."""
     selection_layer: int | None = None
     """Fixes the selection layer (0-based): asl's instead of the adaptive rule, that of
     fastkv and gemfilter instead of their share of the depth."""
@@ -164,6 +165,19 @@ class AslConfig:
         """The options as a plain dict; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
+    def check_depth(self, num_layers: int) -> None:
+        """Raises `ConfigError` for a layer that a model of ``num_layers`` has not."""
+        # A fixed selection layer leaves l_min without a meaning.
+        fixed = self.selection_layer
+        name, layer = (
+            ("l_min", self.l_min) if fixed is None else ("selection_layer", fixed)
+        )
+        if layer is not None and layer >= num_layers:
+            raise ConfigError(
+                f"{name}: got {layer}; allowed: up to {num_layers - 1} for this model "
+                f"of {num_layers} layers."
+            )
+
     def resolved_l_min(self, num_layers: int) -> int:
         """First checked layer for a model of ``num_layers``."""
         if self.l_min is not None:
@@ -180,8 +194,7 @@ class AslConfig:
         """``tau`` for a model of ``num_layers``."""
         if self.tau is not None:
             return self.tau
-        few = self.resolved_l_obs(num_layers) < _FEW_LAYERS
-        return _FEW_LAYERS_TAU if few else _REFERENCE_TAU
+        return _SHALLOW_TAU if num_layers < _SHALLOW_LAYERS else _REFERENCE_TAU
 
     def resolved_rule(self, num_layers: int) -> dict[str, int | float]:
         """``l_min``, ``l_obs`` and ``tau`` for a model of ``num_layers``."""

@@ -31,15 +31,13 @@ def test_defaults_are_the_reference_settings() -> None:
         (14, {}, 0.3),
         (16, {}, 0.3),
         (80, {}, 0.3),
-        (32, {"l_obs": 3}, 0.9),
-        (10, {"l_obs": 4}, 0.3),
+        (32, {"l_obs": 3}, 0.3),
+        (10, {"l_obs": 4}, 0.9),
         (10, {"tau": 0.0}, 0.0),
         (10, {"tau": 0.5}, 0.5),
     ],
 )
-def test_tau_suits_the_layers_compared(
-    layers: int, options: dict[str, Any], tau: float
-) -> None:
+def test_tau_suits_the_depth(layers: int, options: dict[str, Any], tau: float) -> None:
     assert AslConfig(policy="asl", **options).resolved_tau(layers) == tau
 
 

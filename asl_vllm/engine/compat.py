@@ -129,16 +129,7 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
 
 def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
     num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    # A fixed selection layer leaves l_min without a meaning.
-    fixed = config.selection_layer
-    name, layer = (
-        ("l_min", config.l_min) if fixed is None else ("selection_layer", fixed)
-    )
-    if layer is not None and layer >= num_layers:
-        raise ConfigError(
-            f"{name}: got {layer}; allowed: up to {num_layers - 1} for this model of "
-            f"{num_layers} layers."
-        )
+    config.check_depth(num_layers)
     try:
         bands_of(vllm_config)
     except ValueError as error:

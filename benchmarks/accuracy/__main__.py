@@ -19,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import direct, report
-from benchmarks.accuracy.cells import CellError, cells, check_policies, parse_budget
+from benchmarks.accuracy.cells import (
+    CellError,
+    cells,
+    check_policies,
+    parse_budget,
+    tokens_of,
+)
 from benchmarks.accuracy.client import Client, Served, ServerError
 from benchmarks.accuracy.prompts import SPLITS, PromptMaker
 from benchmarks.accuracy.replies import Replies, read
 from benchmarks.accuracy.run import Plan, ask_all
 from benchmarks.accuracy.servers import started
 from benchmarks.accuracy.summary import summary
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tasks import GROUPS, TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
-GROUPS = {
-    "ruler": [name for name, task in TASKS.items() if task.source == "RULER"],
-    "infinitebench": [
-        name for name, task in TASKS.items() if task.source == "InfiniteBench"
-    ],
-    "small": [name for name, task in TASKS.items() if task.source == "this project"],
-}
+URL = "http://localhost:8000"
 POLICIES = "full,snapkv,fastkv,gemfilter,pyramidinfer,asl,recency,random"
 RULE_OPTIONS = (
     *("window", "pool_kernel", "l_min", "l_obs", "tau"),
@@ -43,8 +43,6 @@ RULE_OPTIONS = (
 )
 """Options of a server that decide which tokens a policy keeps, but for the fixed
 selection layer, which is in a policy's label."""
-
-
 SWEPT = ("fastkv", "asl")
 """Policies that can be asked with several layers fixed in turn: fastkv instead of its
 own fixed layer, asl beside the layers that it chooses."""
@@ -57,8 +55,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").split(": ", 1)[1].splitlines()[0],
     )
     add = parser.add_argument
-    add("--base-url", default="http://localhost:8000", help="of the server to ask")
-    add("--api-key", default=os.environ.get("OPENAI_API_KEY", "none"))
+    add("--base-url", help=f"of the server to ask; {URL} if left out")
+    add("--api-key", help="OPENAI_API_KEY if left out")
     add("--model", help="its name; the server's only one if left out")
     add("--start", metavar="MODEL", help="start servers of this model instead")
     add("--serve-args", default="", help="with --start: options of vllm serve")
@@ -68,8 +66,12 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="no server: answers of a small Qwen3 or Llama model computed in PyTorch, "
         "--concurrency processes at a time",
     )
-    add("--block-size", type=int, default=32, help="with --direct: tokens a KV block")
-    add("--policy-config", default="{}", help="--kv-policy-config (with the two above)")
+    add("--block-size", type=int, help="with --direct: tokens a KV block, 32")
+    add(
+        "--policy-config",
+        default="{}",
+        help="with --start or --direct: --kv-policy-config",
+    )
     for policy in SWEPT:
         add(
             f"--{policy}-layers",
@@ -103,32 +105,51 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.tasks) - set(TASKS))
     if unknown:
         parser.error(f"--tasks: got {', '.join(unknown)}; allowed: {names}")
+    args.policies = args.policies.split(",")
     try:
         args.lengths = [int(text) for text in args.lengths.split(",")]
         args.swept = {
             policy: [int(text) for text in layers.split(",")]
             for policy in SWEPT
             if (layers := getattr(args, f"{policy}_layers"))
-            and policy in args.policies.split(",")
         }
         args.budgets = [parse_budget(text) for text in args.budgets.split(",")]
         args.policy_config = json.loads(args.policy_config)
     except ValueError as error:
         parser.error(str(error))
-    args.policies = args.policies.split(",")
     for name in ("n", "concurrency"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: got {getattr(args, name)}; allowed: at least 1")
-    if args.start and args.direct:
-        parser.error("--start and --direct: one of them, servers or none")
-    if args.serve_args and not args.start:
-        parser.error("--serve-args needs --start: a running server has its own")
-    if not (args.start or args.direct) and (args.swept or args.policy_config):
-        parser.error(
-            "--fastkv-layers, --asl-layers and --policy-config need --start or "
-            "--direct: a running server has its own"
-        )
+    without_effect = list(_without_effect(args))
+    if without_effect:
+        parser.error("; ".join(without_effect))
+    args.base_url = args.base_url or URL
+    args.api_key = args.api_key or os.environ.get("OPENAI_API_KEY", "none")
+    args.block_size = args.block_size or direct.BLOCK_SIZE
     return args
+
+
+def _without_effect(args: argparse.Namespace) -> Iterator[str]:
+    """What was given but would do nothing."""
+    own = "a running server has its own"
+    if args.start and args.direct:
+        yield "--start and --direct: one of them, servers or none"
+    if args.serve_args and not args.start:
+        yield f"--serve-args needs --start: {own}"
+    if args.block_size and not args.direct:
+        yield f"--block-size needs --direct: {own}"
+    if not (args.start or args.direct) and (args.swept or args.policy_config):
+        yield (
+            "--fastkv-layers, --asl-layers and --policy-config need --start or "
+            f"--direct: {own}"
+        )
+    for policy in args.swept:
+        if policy not in args.policies:
+            yield f"--{policy}-layers: {policy} is not in --policies"
+    if args.direct:
+        for name in ("base_url", "api_key", "model", "tokenizer"):
+            if getattr(args, name):
+                yield f"--{name.replace('_', '-')} goes with a server, not --direct"
 
 
 def replies_path(output: Path) -> Path:
@@ -192,10 +213,7 @@ async def measure(
         check_policies(policies, served)
         _say_what_is_left_out(args, served)
         tokenizer = HubTokenizer(args.tokenizer or served.root, args.template)
-        maker = PromptMaker(tokenizer, split=args.split, seed=args.seed)
-        for task in args.tasks:
-            for length in args.lengths:
-                maker.prompt(TASKS[task], length, 0)  # raises now if it is too short
+        maker = _prompt_maker(args, tokenizer)
         replies = Replies(
             replies_path(args.output), run_of(args, served), resume=resume
         )
@@ -207,6 +225,15 @@ async def measure(
         await client.close()
 
 
+def _prompt_maker(args: argparse.Namespace, tokenizer: HubTokenizer) -> PromptMaker:
+    """Writes a prompt of each kind, so that a length that is too short raises now."""
+    maker = PromptMaker(tokenizer, split=args.split, seed=args.seed)
+    for task in args.tasks:
+        for length in args.lengths:
+            maker.prompt(TASKS[task], length, 0)
+    return maker
+
+
 def measure_directly(args: argparse.Namespace) -> None:
     """Answers all of it in this process and its children."""
     made = [
@@ -215,6 +242,7 @@ def measure_directly(args: argparse.Namespace) -> None:
     ]
     served = made[0].served
     _say_what_is_left_out(args, served)
+    _prompt_maker(args, HubTokenizer(args.direct, args.template))
     replies = Replies(
         replies_path(args.output), run_of(args, served), resume=args.resume
     )
@@ -235,7 +263,7 @@ def _say_what_is_left_out(args: argparse.Namespace, served: Served) -> None:
             )
         asked = {cell.budget for cell in cells(["asl"], args.budgets, length, served)}
         for budget in args.budgets:
-            tokens = int(budget if isinstance(budget, int) else budget * length)
+            tokens = tokens_of(budget, length)
             if tokens not in asked:
                 print(
                     f"{length} tokens: budget {budget} is left out: {tokens} tokens, "
@@ -256,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     failures += asyncio.run(
                         measure(args, url, policies, args.resume or number > 0)
                     )
-        except (CellError, ServerError, ValueError, RuntimeError) as error:
+        except (CellError, ServerError, ValueError, RuntimeError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
     run, records = read(replies_path(args.output))

@@ -31,6 +31,8 @@ from benchmarks.accuracy.shared_layers import Cache, FusedDecoder, SharedLayers
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
+BLOCK_SIZE = 32
+"""The README's; vLLM's own is 16, and 128 on CPUs."""
 PROMPTS_AT_ONCE = 4
 """Prompts that a process takes from the queue together."""
 
@@ -70,6 +72,7 @@ def variant(
     facts = json.loads((Path(model) / "config.json").read_text())
     num_layers = facts["num_hidden_layers"]
     options = AslConfig.from_dict({"policy": "asl", **config})
+    options.check_depth(num_layers)
     served = Served(
         model=Path(model).name,
         root=model,

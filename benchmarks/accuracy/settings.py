@@ -27,13 +27,13 @@ from tqdm import tqdm
 from asl_kernels.rank_variance import descending_ranks, rank_variance
 from asl_vllm.config import AslConfig
 from asl_vllm.selection import make_policy
-from benchmarks.accuracy.cells import Cell
+from benchmarks.accuracy.cells import Cell, CellError, cells, parse_budget
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.prompts import PromptMaker
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tasks import GROUPS, TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
-SMALL = [name for name, task in TASKS.items() if task.source == "this project"]
+WINDOW = 8
 TAUS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 Trace = dict[str, Any]
@@ -66,17 +66,16 @@ class Tracer:
     def __init__(self, model: str, capacity: int, block_size: int) -> None:
         torch.set_num_threads(1)
         self._path, self._block_size = model, block_size
-        self._config = AslConfig(policy="asl", window=8)
+        self._config = AslConfig(policy="asl", window=WINDOW)
         self._maker = PromptMaker(HubTokenizer(model, "none"), split="tuning", seed=0)
         self._model = DirectModel(model, capacity, self._config.window)
 
-    def traces(self, name: str, length: int, index: int, share: float) -> Trace:
-        """The trace of a prompt at a budget that is a share of its length."""
+    def traces(self, name: str, length: int, index: int, budget: int) -> Trace:
+        """The trace of a prompt at a budget."""
         task = TASKS[name]
         prompt = self._maker.prompt(task, length, index)
         ids, layers = prompt.token_ids, self._model.layers
         layers.begin_prompt(ids)
-        budget = int(share * length)
         right = []
         for layer in [*range(layers.shape.num_layers), None]:
             options = {"window": self._config.window}
@@ -97,7 +96,7 @@ class Tracer:
             "task": name,
             "length": length,
             "index": index,
-            "share": share,
+            "budget": budget,
             "kept": kept,
             "tokens": len(ids),
             "right": right,
@@ -128,7 +127,7 @@ class Tracer:
                 else 0.0
                 for layer in range(num_layers)
             ]
-            for l_obs in range(2, num_layers // 2 + 1)
+            for l_obs in observed(num_layers)
         }
 
 
@@ -140,7 +139,7 @@ def _start(*arguments: Any) -> None:
     _tracer = Tracer(*arguments)
 
 
-def _work(place: tuple[str, int, int, float]) -> Trace:
+def _work(place: tuple[str, int, int, int]) -> Trace:
     return _tracer.traces(*place)
 
 
@@ -166,9 +165,14 @@ def outcome(setting: Setting, traces: Sequence[Trace]) -> dict[str, Any]:
     }
 
 
+def observed(num_layers: int) -> list[int]:
+    """The L_obs that are compared, by depth."""
+    return sorted({max(2, round(num_layers * s / 32)) for s in (4, 6, 8, 12)})
+
+
 def settings(num_layers: int) -> Iterator[Setting]:
     """All that are compared, by depth: shares of it are rounded."""
-    for l_obs in sorted({max(2, round(num_layers * s / 32)) for s in (4, 6, 8, 12)}):
+    for l_obs in observed(num_layers):
         for l_min in sorted({max(1, round(num_layers * s / 32)) for s in (4, 7, 10)}):
             for tau in TAUS:
                 yield Setting(l_obs, l_min, tau)
@@ -218,14 +222,33 @@ def pages(traces: Sequence[Trace]) -> Iterator[str]:
         )
 
 
+def _places(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]:
+    """Task, length, number and budget of each trace; raises `CellError`."""
+    served = variant(args.model, args.block_size, {"window": WINDOW}, ["asl"]).served
+    assert served.max_model_len is not None
+    budgets = [parse_budget(text) for text in args.budgets]
+    for length in args.lengths:
+        sizes = [cell.budget for cell in cells(["asl"], budgets, length, served)]
+        if length > served.max_model_len or len(sizes) < len(budgets):
+            raise CellError(
+                f"lengths and budgets: got {length} and {' '.join(args.budgets)}; "
+                f"allowed: lengths up to {served.max_model_len}, and different budgets "
+                f"from {served.minimum_budget} tokens to one less than the length"
+            )
+        for name in args.tasks:
+            for index, size in itertools.product(range(args.n), sizes):
+                assert size is not None
+                yield name, length, index, size
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Traces, unless only the tables are asked for, and prints them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.settings")
     add = parser.add_argument
     add("model", help="folder of the model")
-    add("--tasks", nargs="+", default=SMALL, choices=list(TASKS))
+    add("--tasks", nargs="+", default=GROUPS["small"], choices=list(TASKS))
     add("--lengths", nargs="+", type=int, default=[512, 2048])
-    add("--shares", nargs="+", type=float, default=[1 / 8], help="budgets, of N")
+    add("--budgets", nargs="+", default=["1/8"], help="tokens, or shares of the length")
     add("--n", type=int, default=40, help="prompts for each task and length")
     add("--concurrency", type=int, default=2, help="processes")
     add("--block-size", type=int, default=32, help="tokens a KV block")
@@ -233,9 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--render", action="store_true", help="only print the tables")
     args = parser.parse_args(arguments)
     if not args.render:
-        places = list(
-            itertools.product(args.tasks, args.lengths, range(args.n), args.shares)
-        )
+        try:
+            places = list(_places(args))
+        except (CellError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
         args.output.parent.mkdir(parents=True, exist_ok=True)
         pool = ProcessPoolExecutor(
             args.concurrency,

@@ -159,6 +159,9 @@ def test_a_run_goes_on_where_it_was_and_sweeps_layers(tmp_path: Path) -> None:
     [
         (["--start", MODEL], "one of them"),
         (["--serve-args=--x"], "--serve-args needs --start"),
+        (["--tokenizer", "x"], "--tokenizer goes with a server"),
+        (["--base-url", "http://x"], "--base-url goes with a server"),
+        (["--policies", "full", "--asl-layers", "3"], "asl is not in --policies"),
     ],
 )
 def test_options_that_say_nothing_together(
@@ -173,5 +176,9 @@ def test_errors_are_said_before_work(tmp_path: Path) -> None:
     ask = ["--direct", MODEL, "--tasks", "needle", "--output", str(tmp_path / "o.json")]
     assert main([*ask, "--policies", "none,best"]) == 2
     assert main([*ask, "--lengths", "9000"]) == 2
+    assert main([*ask, "--lengths", "300,9"]) == 2
+    assert main([*ask, "--asl-layers", "10"]) == 2
+    assert main(["--direct", str(tmp_path), *ask[2:]]) == 2
+    assert not list(tmp_path.iterdir())
     assert main([*ask, "--policy-config", '{"windows": 3}']) == 2
     assert not replies_path(tmp_path / "o.json").exists()

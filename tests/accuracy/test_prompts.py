@@ -6,11 +6,11 @@ import pytest
 
 from benchmarks.accuracy.controls import CONTROLS, shortened
 from benchmarks.accuracy.prompts import PromptMaker
-from benchmarks.accuracy.tasks import TASKS, Sample
+from benchmarks.accuracy.tasks import GROUPS, TASKS, Sample
 from benchmarks.accuracy.tokens import HubTokenizer
 from tests.accuracy.fakes import TINY_MODEL, PieceTokenizer, WordTokenizer
 
-SMALL = [name for name, task in TASKS.items() if task.source == "this project"]
+SMALL = GROUPS["small"]
 ENGLISH = [name for name in TASKS if name not in SMALL]
 
 

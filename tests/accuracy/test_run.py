@@ -273,6 +273,8 @@ def test_servers_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ["--budgets", "1.5"],
         ["--lengths", "4k"],
         ["--fastkv-layers", "3"],
+        ["--start", "MODEL", "--fastkv-layers", "3", "--policies", "full"],
+        ["--block-size", "16"],
         ["--policy-config", "{"],
     ],
 )

@@ -11,24 +11,32 @@ import pytest
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.prompts import PromptMaker
-from benchmarks.accuracy.settings import Setting, Tracer, main, outcome, work
+from benchmarks.accuracy.settings import (
+    Setting,
+    Tracer,
+    main,
+    observed,
+    outcome,
+    settings,
+    work,
+)
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
 MODEL = str(Path(__file__).parents[1] / "models" / "tiny_retriever")
-LENGTH, SHARE = 300, 1 / 4
+LENGTH, BUDGET = 300, 75
 PLACES = [("needle", 0), ("needle", 1), ("key_value", 0), ("key_value", 1)]
 
 
 @pytest.fixture(scope="module")
 def traces() -> list[dict[str, Any]]:
     tracer = Tracer(MODEL, LENGTH, 32)
-    return [tracer.traces(task, LENGTH, index, SHARE) for task, index in PLACES]
+    return [tracer.traces(task, LENGTH, index, BUDGET) for task, index in PLACES]
 
 
 @pytest.mark.parametrize("tau", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("l_min", [1, 4])
-@pytest.mark.parametrize("l_obs", [2, 3])
+@pytest.mark.parametrize("l_obs", [2, 4])
 def test_a_setting_chooses_and_scores_as_asl_does(
     traces: list[dict[str, Any]], l_obs: int, l_min: int, tau: float
 ) -> None:
@@ -41,7 +49,7 @@ def test_a_setting_chooses_and_scores_as_asl_does(
     for (name, index), trace in zip(PLACES, traces, strict=True):
         prompt = maker.prompt(TASKS[name], LENGTH, index)
         model.layers.begin_prompt(prompt.token_ids)
-        cell = Cell("asl", "asl", int(LENGTH * SHARE))
+        cell = Cell("asl", "asl", BUDGET)
         reply = model.reply(made, cell, prompt.token_ids, TASKS[name].max_tokens)
         assert reply.kv_cache is not None
         assert setting.layer(trace) == reply.kv_cache["selection_layer"]
@@ -75,3 +83,40 @@ def test_tables(
     assert lines[4].startswith("| needle | ")
     assert lines[4].count("|") == 13
     assert any(line.startswith("| 2 | 3 | 0.3 | 100 |") for line in lines)
+
+
+def test_traces_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "traces.jsonl"
+    arguments = [MODEL, "--tasks", "needle", "--lengths", "300", "--n", "2"]
+    arguments += ["--budgets", "1/4", "--concurrency", "1", "--output", str(output)]
+    assert main(arguments) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(t["index"], t["budget"]) for t in found] == [(0, 75), (1, 75)]
+    assert "| needle | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--lengths", "4097"],
+        ["--lengths", "300", "--budgets", "39"],
+        ["--lengths", "300", "--budgets", "300"],
+        ["--lengths", "300", "--budgets", "75", "1/4"],
+        ["--budgets", "none"],
+    ],
+)
+def test_what_cannot_be_is_refused(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "traces.jsonl"
+    assert main([MODEL, *given, "--output", str(output)]) == 2
+    assert "got" in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 4, 10, 32])
+def test_settings_of_any_depth_have_their_variances(num_layers: int) -> None:
+    assert {setting.l_obs for setting in settings(num_layers)} == set(
+        observed(num_layers)
+    )
+    assert min(observed(num_layers)) >= 2

@@ -28,4 +28,14 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "Room", "Sample", "Task"]
+GROUPS = {
+    group: [name for name, task in TASKS.items() if task.source == source]
+    for group, source in {
+        "ruler": "RULER",
+        "infinitebench": "InfiniteBench",
+        "small": "this project",
+    }.items()
+}
+"""Names of all tasks of a kind."""
+
+__all__ = ["GROUPS", "TASKS", "Room", "Sample", "Task"]
