@@ -7,8 +7,6 @@ engine works, or adds to replies, is installed only when a policy is on.
 
 from __future__ import annotations
 
-from typing import Any
-
 
 def register() -> None:
     """Hooks asl_vllm into vLLM; idempotent.
@@ -16,18 +14,11 @@ def register() -> None:
     Raises:
         UpstreamDriftError: vLLM's version or a replaced signature does not fit.
     """
-    from asl_vllm.engine import cli, endpoints, launch, request
+    from asl_vllm.engine.frontend import cli, endpoints, launch, request
     from asl_vllm.engine.patching import check_vllm_version
 
     check_vllm_version()
     cli.install()
     launch.install()
     request.install()
-    endpoints.install(_endpoints)
-
-
-def _endpoints() -> Any:
-    # Only a front end with a policy gets here, and the server's modules with it.
-    from asl_server.app import KVEndpoints
-
-    return KVEndpoints()
+    endpoints.install()

@@ -24,10 +24,13 @@ LEVELS = (
     "asl_vllm.selection",
     "asl_vllm.prefill",
     "asl_vllm.engine",
-    "asl_server",
-    # What vLLM calls: it brings the engine and the server together.
+    # What vLLM calls in every process.
     "asl_vllm.plugin",
+    "asl_server",
 )
+ROOMS = ("frontend", "scheduler", "worker")
+# Modules that join rooms, because vLLM makes the pair.
+JOINTS = {"asl_vllm.engine.connector", "asl_vllm.engine.kv_spec"}
 VLLM_USERS = {"asl_vllm.engine", "asl_vllm.plugin", "asl_server"}
 
 
@@ -110,6 +113,30 @@ def test_nothing_is_imported_from_above(module: str) -> None:
 def test_only_the_engine_and_the_server_know_vllm(module: str) -> None:
     if "vllm" in top_levels(module):
         assert any(within(module, package) for package in VLLM_USERS)
+
+
+def room(module: str) -> str | None:
+    """The room of the engine that a module is in; None: it is shared, or elsewhere."""
+    for name in ROOMS:
+        if within(module, f"asl_vllm.engine.{name}"):
+            return name
+    return None
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if within(m, "asl_vllm.engine") and m not in JOINTS]
+)
+def test_rooms_of_the_engine_meet_in_what_they_share_only(module: str) -> None:
+    entered = {room(name) for name in imported(module)} - {None}
+    assert entered <= {room(module)}, f"{module} imports {sorted(entered)}"
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_says_where_it_runs_and_what_it_owns(name: str) -> None:
+    text = MODULES[f"asl_vllm.engine.{name}"].read_text(encoding="utf-8")
+    said = ast.get_docstring(ast.parse(text)) or ""
+    assert "process" in said
+    assert "Owns " in said
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if within(m, "asl_kernels")])

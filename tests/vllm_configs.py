@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
 from asl_vllm import plugin
-from asl_vllm.engine import request
+from asl_vllm.engine.frontend import request
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny_retriever"
 

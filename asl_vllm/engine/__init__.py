@@ -1,5 +1,7 @@
-"""The part of asl_vllm that touches vLLM; one file per touch point.
+"""The part that touches vLLM, in rooms named by the process that they run in.
 
-Importing the package has no effects. docs/vllm_touchpoints.md lists each symbol of
-vLLM that is used or replaced, and tests/contract/ checks them.
+`frontend`, `scheduler` and `worker` import what lies beside them here, and never each
+other. Two modules join rooms, because vLLM makes the pair: `connector`, which has a
+half in the scheduler and one in each worker, and `kv_spec`, which ties the layers'
+spec to the scheduler's block manager.
 """

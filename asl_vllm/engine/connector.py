@@ -21,9 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.metrics import PruningPromMetrics, PruningStats
-from asl_vllm.engine.scheduler_side import SchedulerSide
-from asl_vllm.engine.worker_side import WorkerSide
+from asl_vllm.engine.scheduler import state
+from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
+from asl_vllm.engine.scheduler.orders import SchedulerSide
+from asl_vllm.engine.worker.runner import WorkerSide
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +50,8 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            from asl_vllm.engine import inspection
-
             self.scheduler_side = SchedulerSide(vllm_config)
-            inspection.install()
+            state.install()
         else:
             self.worker_side = WorkerSide()
 

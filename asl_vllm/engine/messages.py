@@ -1,4 +1,4 @@
-"""What the connector's two halves tell each other each step."""
+"""What the rooms tell each other: the connector's two halves each step, and by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
+
+STATE_METHOD = "asl_vllm_state"
+"""Method of ``EngineCore`` by which front ends ask for an engine's state."""
 
 
 @dataclass

@@ -71,7 +71,7 @@ def plan_request(
     That is when neither it nor the server names a budget, and when the policy that
     goes, its own or else the server's, is ``none``. What it asks for, its budget
     ``asked``, ``policy`` and ``shallow``, must be valid
-    (`asl_vllm.engine.admission.check_fields`).
+    (`asl_vllm.engine.frontend.admission.check_fields`).
     """
     budget = config.budget if asked is None else asked
     policy = policy or config.policy

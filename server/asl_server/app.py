@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from asl_server import page, routes
 from asl_server.middleware import KVUsageMiddleware
-from asl_vllm.engine import usage
+from asl_vllm.engine.frontend import usage
 
 ROUTERS = (routes.router, page.router)
 """Routers that are added to vLLM's own."""

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asl_vllm.engine.usage import collect
+from asl_vllm.engine.frontend.usage import collect
 
 HEADERS = {
     "X-KV-Policy": "policy",

@@ -10,7 +10,7 @@ from asl_server.schema import EngineState, Error, Policies, Stats, Totals
 from asl_vllm._version import __version__
 from asl_vllm.config import POLICY_NAMES
 from asl_vllm.engine import settings
-from asl_vllm.engine.inspection import engine_states
+from asl_vllm.engine.frontend.engines import engine_states
 from asl_vllm.selection.budget import minimum_budget
 
 PATIENCE = 10.0

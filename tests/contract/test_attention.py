@@ -21,8 +21,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.utils import customize_attention_spec
 
-from asl_vllm.engine import attention
-from asl_vllm.engine.blocks import PrunedAttentionSpec
+from asl_vllm.engine.kv_spec import PrunedAttentionSpec
+from asl_vllm.engine.worker import attention
 from tests.contract.looking import parameters, source
 
 BACKENDS = sorted(attention.WRAPPED_BACKENDS)
@@ -70,7 +70,7 @@ def test_the_cpu_platform_looks_at_cpu_attn_only() -> None:
     chosen = CpuPlatform.get_attn_backend_cls(
         AttentionBackendEnum.CUSTOM, SimpleNamespace(use_sparse=False, use_mla=False)
     )
-    assert chosen == "asl_vllm.engine.attention.Asl_CPU_ATTN"
+    assert chosen == "asl_vllm.engine.worker.attention.Asl_CPU_ATTN"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -36,12 +36,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
 
-from asl_vllm.engine.blocks import (
-    PrunedAttentionSpec,
-    PrunedBlocksManager,
-    in_bands,
-    prunable,
-)
+from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands, prunable
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.prefill import Bands
 from tests.contract.looking import in_order, parameters, source
 from tests.vllm_configs import engine_config
@@ -244,7 +240,7 @@ def test_the_null_block_has_id_0() -> None:
 
 
 def test_the_books_of_the_pool() -> None:
-    """What `engine/integrity.py` reads; its own tests change each of these."""
+    """What `scheduler/integrity.py` reads; its own tests change each of these."""
     pool = manager().block_pool
     queue = pool.free_block_queue
     first = queue.fake_free_list_head.next_free_block

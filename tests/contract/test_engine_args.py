@@ -22,7 +22,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.utils import APIServerProcessManager
 
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.launch import connector_config
+from asl_vllm.engine.frontend.launch import connector_config
 from asl_vllm.engine.patching import original_of
 from tests.contract.looking import in_order, parameters, source
 from tests.vllm_configs import TINY_MODEL, engine_config

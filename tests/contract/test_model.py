@@ -20,10 +20,10 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 
-from asl_vllm.engine import model as model_module
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES
-from asl_vllm.engine.model import VllmDecoder
-from asl_vllm.engine.scratch import ScratchPages
+from asl_vllm.engine.worker import decoder as model_module
+from asl_vllm.engine.worker.decoder import VllmDecoder
+from asl_vllm.engine.worker.scratch import ScratchPages
 from tests.contract.looking import in_order, parameters, source
 
 LAYERS = {

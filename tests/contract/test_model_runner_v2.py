@@ -15,9 +15,9 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.worker.gpu import attn_utils, block_table, kv_connector
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
-from asl_vllm.engine.attention import ViewMixin
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.messages import StepOrders
+from asl_vllm.engine.worker.attention import ViewMixin
 from asl_vllm.prefill import PrefillJob, PrefillOutcome, PrefillProgress
 from tests.contract.looking import in_order, source
 from tests.contract.test_scheduler import (

@@ -27,7 +27,7 @@ from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from asl_vllm.engine.fields import FIELDS
+from asl_vllm.engine.frontend.fields import FIELDS
 from asl_vllm.engine.patching import original_of
 from tests.contract.looking import in_order, parameters, source
 from tests.vllm_configs import engine_config

@@ -23,11 +23,11 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
 
 from asl_vllm.engine import settings
-from asl_vllm.engine.blocks import in_bands, prunable
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.inspection import engine_state
+from asl_vllm.engine.kv_spec import in_bands, prunable
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.metrics import OUTCOMES, PruningStats
+from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats
+from asl_vllm.engine.scheduler.state import engine_state
 from asl_vllm.prefill import Bands, PrefillProgress, PrefillReport
 from tests.contract.looking import in_order, source
 from tests.vllm_configs import engine_config

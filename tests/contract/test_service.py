@@ -40,10 +40,12 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.buckets import build_1_2_5_buckets, histogram_buckets
 
 from asl_server.app import KVEndpoints
-from asl_vllm.engine import inspection, request, usage
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.metrics import PruningPromMetrics, PruningStats
+from asl_vllm.engine.frontend import engines, request, usage
+from asl_vllm.engine.messages import STATE_METHOD
 from asl_vllm.engine.patching import original_of
+from asl_vllm.engine.scheduler import state
+from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
 from tests.contract.looking import in_order, parameters, source
 from tests.vllm_configs import engine_config
 
@@ -220,9 +222,9 @@ def test_utilities_are_looked_up_by_name_in_every_engine() -> None:
 
 
 def test_the_utility_is_added_once_and_is_no_name_of_vllm() -> None:
-    inspection.install()
-    inspection.install()
-    assert getattr(EngineCore, inspection.METHOD) is inspection.engine_state
+    state.install()
+    state.install()
+    assert getattr(EngineCore, STATE_METHOD) is state.engine_state
 
 
 @pytest.mark.parametrize("failure", ["dead", "slow", "none"])
@@ -239,7 +241,7 @@ def test_an_engine_that_is_gone_is_a_503(failure: str) -> None:
 
     client: Any = None if failure == "none" else Client()
     with pytest.raises(GracefulHTTPError) as caught:
-        asyncio.run(inspection.engine_states(client, 0.01))
+        asyncio.run(engines.engine_states(client, 0.01))
     assert caught.value.http_status == 503
 
 

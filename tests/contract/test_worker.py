@@ -16,7 +16,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker, record_kv_cache_layout
 
-from asl_vllm.engine.worker import WORKERS, PrefillWorkerMixin
+from asl_vllm.engine.frontend.launch import WORKERS
+from asl_vllm.engine.worker.worker import PrefillWorkerMixin
 from tests.contract.looking import in_order, parameters, source
 
 

@@ -310,7 +310,7 @@ def test_everything_reaches_the_command_line() -> None:
 def test_vllm_has_the_options_of_the_command_line() -> None:
     """Read from vLLM's source and ours: a parser takes seconds to build."""
     sources = (
-        ROOT / "asl_vllm/engine/cli.py",
+        ROOT / "asl_vllm/engine/frontend/cli.py",
         VLLM / "engine/arg_utils.py",
         VLLM / "entrypoints/launchers/cli_args.py",
     )

@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from tests.deploy.metrics import LABELS, OURS
 
-metrics = pytest.importorskip("asl_vllm.engine.metrics")
+metrics = pytest.importorskip("asl_vllm.engine.scheduler.metrics")
 
 
 def test_our_metrics_have_the_names_and_labels_that_are_listed() -> None:

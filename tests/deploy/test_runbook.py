@@ -79,7 +79,10 @@ def test_options_that_are_named_exist() -> None:
 
     known = "".join(
         path.read_text()
-        for path in (ROOT / "asl_vllm/engine/cli.py", VLLM / "engine/arg_utils.py")
+        for path in (
+            ROOT / "asl_vllm/engine/frontend/cli.py",
+            VLLM / "engine/arg_utils.py",
+        )
     )
     options = set(re.findall(r"`(?:vllm serve MODEL )?(--[a-z-]+)", RUNBOOK))
     ours = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "scripts/sizing.py").read_text()))

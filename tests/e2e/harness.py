@@ -45,7 +45,7 @@ class Engine:
     def check(self) -> None:
         """The block manager's state is whole; nothing is left where all is done."""
         # Not at the top: a stock engine's process imports nothing of asl_vllm.
-        from asl_vllm.engine.integrity import check_integrity
+        from asl_vllm.engine.scheduler.integrity import check_integrity
 
         idle = not self.scheduler.has_requests()
         check_integrity(self.scheduler.kv_cache_manager, idle=idle)

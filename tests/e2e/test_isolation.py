@@ -11,7 +11,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
-from asl_vllm.engine.integrity import IntegrityError
+from asl_vllm.engine.scheduler.integrity import IntegrityError
 from tests.e2e.harness import (
     BLOCK,
     Engine,

@@ -51,7 +51,7 @@ PLACES = (
     "asl_vllm.prefill.factory.make_policy",
     "asl_vllm.selection.policies.base.window_scores",
     "asl_vllm.prefill.passes.gather_kept",
-    "asl_vllm.engine.model.VllmDecoder.write_kept",
+    "asl_vllm.engine.worker.decoder.VllmDecoder.write_kept",
 )
 """What ranks do between passes, where an error of one is agreed on."""
 
@@ -86,7 +86,7 @@ def errors_on_one_rank(two: Engine, place: str) -> None:
 
 def a_rank_lost_in_a_layer(two: Engine) -> None:
     """Its process ends, and with it the engine: in seconds, not in minutes."""
-    place = "asl_vllm.engine.model.VllmDecoder._run_layer"
+    place = "asl_vllm.engine.worker.decoder.VllmDecoder._run_layer"
     two.llm.collective_rpc(fail_on_rank_1, args=(place,))
     began = time.monotonic()
     with pytest.raises((RuntimeError, EngineDeadError)):

@@ -12,7 +12,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from asl_vllm.config import AslConfig
-from asl_vllm.engine.admission import check_fields, check_request, usable_blocks
+from asl_vllm.engine.frontend.admission import (
+    check_fields,
+    check_request,
+    usable_blocks,
+)
 from asl_vllm.engine.settings import config_of
 from tests.vllm_configs import engine_config
 

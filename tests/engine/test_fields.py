@@ -11,9 +11,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES, AslConfig
-from asl_vllm.engine import request
-from asl_vllm.engine.admission import check_fields
-from asl_vllm.engine.fields import FIELDS, given_fields
+from asl_vllm.engine.frontend import request
+from asl_vllm.engine.frontend.admission import check_fields
+from asl_vllm.engine.frontend.fields import FIELDS, given_fields
 from tests.vllm_configs import engine_config
 
 CONFIG = AslConfig(policy="asl", bands=2)

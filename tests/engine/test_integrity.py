@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
-from asl_vllm.engine.integrity import IntegrityError, check_integrity
+from asl_vllm.engine.scheduler.integrity import IntegrityError, check_integrity
 from tests.contract.test_blocks import BLOCK, manager, pruned_blocks, request
 from tests.contract.test_scheduler import BLOCK as SCHEDULER_BLOCK
 from tests.contract.test_scheduler import Host, make_host
@@ -193,7 +193,7 @@ class TestInAScheduler:
         assert not host.scheduler.requests
 
     def test_runs_once_at_each_idle(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, logger="asl_vllm.engine.integrity")
+        caplog.set_level(logging.INFO, logger="asl_vllm.engine.scheduler.integrity")
         host = make_host(check_integrity=True)
         for times in (1, 2):
             self.run(host)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.metrics import OUTCOMES, PruningStats, PruningTally
+from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats, PruningTally
 from asl_vllm.prefill import PrefillReport
 from tests.vllm_configs import engine_config
 

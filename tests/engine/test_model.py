@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from asl_vllm.engine import model as model_module
-from asl_vllm.engine.model import VllmDecoder
+from asl_vllm.engine.worker import decoder as model_module
+from asl_vllm.engine.worker.decoder import VllmDecoder
 from asl_vllm.prefill import RankLostError
 
 

@@ -13,7 +13,8 @@ from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from asl_vllm import plugin
-from asl_vllm.engine import attention
+from asl_vllm.engine.frontend import launch
+from asl_vllm.engine.worker import attention
 from tests.vllm_configs import TINY_MODEL, engine_args, engine_config
 
 OFF = [None, {}, {"policy": "none"}, {"policy": "none", "window": 8}]
@@ -38,7 +39,7 @@ def test_on_changes_the_connector_and_the_worker() -> None:
     config = engine_config({"policy": "asl"})
     assert config.kv_transfer_config is not None
     assert config.kv_transfer_config.kv_connector == "AslConnector"
-    assert config.parallel_config.worker_cls == "asl_vllm.engine.worker.AslCpuWorker"
+    assert config.parallel_config.worker_cls in launch.WORKERS.values()
 
 
 @pytest.mark.parametrize("policy", [*OFF, {"policy": "asl"}], ids=str)
@@ -59,7 +60,7 @@ def test_backends_are_overridden_by_install() -> None:
     for _ in range(2):
         attention.install()
         backend = AttentionBackendEnum.CPU_ATTN
-        assert backend.get_path() == "asl_vllm.engine.attention.Asl_CPU_ATTN"
+        assert backend.get_path() == "asl_vllm.engine.worker.attention.Asl_CPU_ATTN"
         assert issubclass(backend.get_class(), attention.wrapped_backend("CPU_ATTN"))
 
 

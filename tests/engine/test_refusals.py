@@ -14,8 +14,9 @@ import pytest
 from vllm.config import KVTransferConfig, VllmConfig
 
 from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
-from asl_vllm.engine import compat, launch
+from asl_vllm.engine import compat
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES, UnsupportedError
+from asl_vllm.engine.frontend import launch
 from tests.vllm_configs import (
     LLAMA_SIZES,
     TINY_MODEL,
@@ -464,7 +465,7 @@ def test_each_supported_architecture_is_accepted(
 ) -> None:
     assert set(model["architectures"]) <= SUPPORTED_ARCHITECTURES
     config = engine_config(ASL, model=model_dir(tmp_path / "model", **model))
-    assert config.parallel_config.worker_cls == "asl_vllm.engine.worker.AslCpuWorker"
+    assert config.parallel_config.worker_cls in launch.WORKERS.values()
 
 
 @pytest.mark.parametrize(
@@ -488,7 +489,7 @@ def test_each_supported_architecture_is_accepted(
 )
 def test_what_works_with_a_policy_is_accepted(arguments: dict[str, Any]) -> None:
     config = engine_config(ASL, **arguments)
-    assert config.parallel_config.worker_cls == "asl_vllm.engine.worker.AslCpuWorker"
+    assert config.parallel_config.worker_cls in launch.WORKERS.values()
 
 
 def test_a_configuration_can_be_made_twice() -> None:

@@ -9,8 +9,8 @@ import pytest
 from vllm.entrypoints.openai.responses.protocol import ResponseUsage
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
-from asl_vllm.engine import usage
-from asl_vllm.engine.usage import RequestUsage, collect
+from asl_vllm.engine.frontend import usage
+from asl_vllm.engine.frontend.usage import RequestUsage, collect
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from asl_vllm.engine.integrity import IntegrityError
+from asl_vllm.engine.scheduler.integrity import IntegrityError
 from asl_vllm.selection.budget import resolve_kept
 from tests.e2e.harness import BLOCK, Engine, Running, add
 from tests.e2e.poison import poison_unowned

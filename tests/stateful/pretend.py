@@ -20,7 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from asl_vllm.engine.messages import StepOrders
-from asl_vllm.engine.worker_side import WorkerSide
+from asl_vllm.engine.worker.runner import WorkerSide
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillQueue, PrefillReport
 
 VOCABULARY = 50

@@ -31,7 +31,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from asl_vllm.engine.integrity import check_integrity
+from asl_vllm.engine.scheduler.integrity import check_integrity
 from asl_vllm.selection.budget import minimum_budget, resolve_kept
 from tests.contract.test_scheduler import BLOCK, make_host
 from tests.stateful.pretend import VOCABULARY, PretendWorker, Script

@@ -235,7 +235,7 @@ def run_way(way: Way, host: Host) -> Iterator[Row]:
 
 def what_runs(running: Any, way: Way, host: Host) -> Iterator[Row]:
     """Whether the engine is the one that was meant."""
-    from asl_vllm.engine.attention import WRAPPED_BACKENDS
+    from asl_vllm.engine.worker.attention import WRAPPED_BACKENDS
 
     (runner,) = running.llm.collective_rpc(lambda worker: type(worker.model_runner))
     modules = {kind.__module__ for kind in runner.mro()}
@@ -257,7 +257,7 @@ def what_runs(running: Any, way: Way, host: Host) -> Iterator[Row]:
 
 def pool_row(running: Any, check: Any) -> Row:
     """Whether every block is free again, once."""
-    from asl_vllm.engine.integrity import IntegrityError
+    from asl_vllm.engine.scheduler.integrity import IntegrityError
     from tests.e2e.harness import drain
 
     drain(running)

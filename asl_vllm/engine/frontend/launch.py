@@ -12,12 +12,19 @@ from typing import Any
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from asl_vllm.engine import request
+from asl_vllm.engine.frontend import request
 from asl_vllm.engine.patching import wrap_method
 from asl_vllm.engine.settings import config_of_additional
 
 CONNECTOR_MODULE = "asl_vllm.engine.connector"
 CONNECTOR_NAME = "AslConnector"
+
+_WORKER_MODULE = "asl_vllm.engine.worker.worker"
+WORKERS: dict[str, str] = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": f"{_WORKER_MODULE}.AslCpuWorker",
+    "vllm.v1.worker.gpu_worker.Worker": f"{_WORKER_MODULE}.AslGpuWorker",
+}
+"""vLLM's worker class -> the subclass that takes its place."""
 
 
 def connector_config() -> KVTransferConfig:
@@ -59,7 +66,6 @@ def _take_connector(engine_args: EngineArgs) -> None:
 
 def _take_worker(vllm_config: VllmConfig) -> None:
     from asl_vllm.engine.compat import UnsupportedError
-    from asl_vllm.engine.worker import WORKERS
 
     parallel = vllm_config.parallel_config
     if parallel.worker_cls in WORKERS.values():
@@ -75,7 +81,7 @@ def _take_worker(vllm_config: VllmConfig) -> None:
 
 def _release_backends() -> None:
     """Gives a later engine of this process, without a policy, stock attention."""
-    attention = sys.modules.get("asl_vllm.engine.attention")
+    attention = sys.modules.get("asl_vllm.engine.worker.attention")
     if attention is not None:
         attention.uninstall()
 

@@ -9,12 +9,12 @@ from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from asl_vllm.engine import settings
-from asl_vllm.engine.blocks import PrunedBlocksManager
-from asl_vllm.engine.integrity import IdleCheck
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.metrics import PruningTally
 from asl_vllm.engine.plan import PrunePlan, plan_for
-from asl_vllm.engine.usage import sequence_usage
+from asl_vllm.engine.result import sequence_usage
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.integrity import IdleCheck
+from asl_vllm.engine.scheduler.metrics import PruningTally
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
 
 if TYPE_CHECKING:

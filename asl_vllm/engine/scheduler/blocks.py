@@ -1,38 +1,18 @@
-"""KV-cache spec and block manager whose requests may lack leading blocks.
+"""The block manager whose requests may lack leading blocks.
 
-Touch points: ``register_kv_cache_spec`` with a subclass of `FullAttentionSpec`, and
-a subclass of `FullAttentionManager` that answers `get_num_skipped_tokens` per
-request, as a sliding window would. The block table stays the only source of truth.
+Touch point: a subclass of `FullAttentionManager` that answers
+`get_num_skipped_tokens` per request, as a sliding window would. The block table stays
+the only source of truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vllm.config import VllmConfig
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
-    FullAttentionSpec,
-    KVCacheSpec,
-)
-from vllm.v1.kv_cache_spec_registry import (
-    KVCacheSpecRegistry,
-    register_kv_cache_spec,
-)
 from vllm.v1.request import Request
-
-from asl_vllm.engine.settings import config_of
-from asl_vllm.prefill import Bands
-from asl_vllm.selection.budget import minimum_budget
-
-# vLLM registers its own specs only while the registry is empty; an empty check
-# makes it do so before ours is added.
-KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 
 class PrunedBlocksManager(FullAttentionManager):
@@ -121,63 +101,3 @@ class PrunedBlocksManager(FullAttentionManager):
         # A pruned block holds other tokens than its positions say.
         if request.request_id not in self._pruned_tokens:
             super().cache_blocks(request, *args, **kwargs)
-
-
-@register_kv_cache_spec(
-    manager_class=PrunedBlocksManager, uniform_type_base_spec=FullAttentionSpec
-)
-@dataclass(frozen=True, kw_only=True)
-class PrunedAttentionSpec(FullAttentionSpec):
-    """A full-attention layer whose blocks `PrunedBlocksManager` manages.
-
-    Layers of different ``band`` are not uniform to vLLM, so each band becomes a
-    KV-cache group with a block table and a manager of its own.
-    """
-
-    band: int = 0
-
-    @classmethod
-    def merge(cls, specs: list[PrunedAttentionSpec]) -> PrunedAttentionSpec:
-        assert _one_band(specs), "layers of different bands have no spec in common"
-        return replace(super().merge(specs), band=specs[0].band)
-
-    def is_uniform_with_collection(
-        self, kv_cache_specs: dict[str, KVCacheSpec]
-    ) -> bool:
-        return super().is_uniform_with_collection(kv_cache_specs) and _one_band(
-            kv_cache_specs.values()
-        )
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        stock = super().max_memory_usage_bytes(vllm_config)
-        if vllm_config.cache_config.num_gpu_blocks is not None:
-            return stock
-        # Until the pool is sized this only decides whether vLLM starts. A prompt of
-        # max_model_len fits once pruned; one that is not is refused by itself
-        # (engine/admission.py).
-        smallest = minimum_budget(config_of(vllm_config).window, self.block_size)
-        blocks = cdiv(smallest, self.block_size) + 1
-        return min(stock, blocks * self.page_size_bytes)
-
-
-def _one_band(specs: Iterable[KVCacheSpec]) -> bool:
-    return len({getattr(spec, "band", 0) for spec in specs}) == 1
-
-
-def in_bands(
-    specs: Mapping[str, KVCacheSpec], bands: Bands, layer_names: Sequence[str]
-) -> dict[str, KVCacheSpec]:
-    """The specs of a model's attention layers, which are named in order, in bands."""
-    banded = dict(specs)
-    for layer, name in enumerate(layer_names):
-        spec = specs[name]
-        assert isinstance(spec, PrunedAttentionSpec)
-        banded[name] = replace(spec, band=bands.of(layer))
-    return banded
-
-
-def prunable(spec: AttentionSpec) -> AttentionSpec:
-    """The spec as a `PrunedAttentionSpec` where it is plain full attention."""
-    if type(spec) is not FullAttentionSpec:
-        return spec
-    return PrunedAttentionSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_kernels.block_table_view import block_table_view
-from asl_vllm.engine.blocks import prunable
+from asl_vllm.engine.kv_spec import prunable
 from asl_vllm.prefill import KeysTaken, LayerTap
 
 WRAPPED_BACKENDS: dict[str, str] = {

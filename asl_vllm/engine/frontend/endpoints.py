@@ -2,32 +2,36 @@
 
 vLLM has an interface for this, `EndpointPlugin`, which loads only plugins that the
 variable ``VLLM_PLUGINS`` names. ``--kv-policy`` is the consent here, so the plugin is
-handed over directly.
+added to those. It is named, not imported: the server lies above the engine.
 
 Touch point: wraps ``vllm.plugins.load_endpoint_plugins``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from vllm import plugins
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from asl_vllm.engine import request, settings
+from asl_vllm.engine import settings
+from asl_vllm.engine.frontend import request
 from asl_vllm.engine.patching import wrap_method
 
+PLUGIN = "asl_server.app.KVEndpoints"
+"""The plugin that is added; its module is imported by servers with a policy only."""
 
-def install(make_plugin: Callable[[], EndpointPlugin]) -> None:
-    """Adds a plugin to each server that is built with a policy on; idempotent."""
+
+def install() -> None:
+    """Adds our plugin to each server that is built with a policy on; idempotent."""
 
     def wrap(original: Any) -> Any:
         def load_endpoint_plugins(supported_tasks: Any = None) -> list[EndpointPlugin]:
             found: list[EndpointPlugin] = original(supported_tasks)
             vllm_config = request.served()
             if vllm_config is not None and settings.config_of(vllm_config).enabled:
-                found.append(make_plugin())
+                found.append(resolve_obj_by_qualname(PLUGIN)())
             return found
 
         return load_endpoint_plugins

@@ -17,8 +17,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from asl_vllm.engine import settings
-from asl_vllm.engine.admission import check_fields, check_request, refuse
-from asl_vllm.engine.fields import FIELDS
+from asl_vllm.engine.frontend.admission import check_fields, check_request, refuse
+from asl_vllm.engine.frontend.fields import FIELDS
 from asl_vllm.engine.patching import wrap_method
 from asl_vllm.selection.budget import shown
 

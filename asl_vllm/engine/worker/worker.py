@@ -14,21 +14,16 @@ from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
-from asl_vllm.engine import attention, settings
-from asl_vllm.engine.blocks import PrunedAttentionSpec, in_bands
+from asl_vllm.engine import settings
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.model import VllmDecoder, attention_layers, shape_of
-from asl_vllm.engine.scratch import ScratchPages
+from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
+from asl_vllm.engine.worker import attention
+from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
+from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
 
 logger = init_logger(__name__)
-
-WORKERS: dict[str, str] = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": f"{__name__}.AslCpuWorker",
-    "vllm.v1.worker.gpu_worker.Worker": f"{__name__}.AslGpuWorker",
-}
-"""vLLM's worker class -> the subclass that takes its place."""
 
 
 class PrefillWorkerMixin:

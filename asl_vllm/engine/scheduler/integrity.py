@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from asl_vllm.engine.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool

@@ -23,7 +23,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 
 from asl_vllm.engine.patching import wrap_method
-from asl_vllm.prefill import PrefillReport
+from asl_vllm.engine.result import sequence_usage
 
 USAGE_FIELD = "kv_cache"
 """Name of the part of ``usage`` that is ours."""
@@ -32,26 +32,6 @@ _TOTALS = ("kept_tokens", "pruned_tokens", "freed_blocks", "skipped_token_layers
 _COMMON = ("policy", "budget", "selection_layer")
 _SLOT = "asl_vllm_usage"
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)
-
-
-def sequence_usage(
-    policy: str,
-    budget: int | float | None,
-    num_prompt_tokens: int,
-    report: PrefillReport | None = None,
-    freed_blocks: int = 0,
-) -> dict[str, Any]:
-    """What one sequence says; without a ``report`` its prompt was not pruned."""
-    pruned_tokens = report.pruned_tokens if report else 0
-    return {
-        "policy": policy,
-        "budget": budget,
-        "selection_layer": report.selection_layer if report else None,
-        "kept_tokens": num_prompt_tokens - pruned_tokens,
-        "pruned_tokens": pruned_tokens,
-        "freed_blocks": freed_blocks,
-        "skipped_token_layers": report.skipped_token_layers if report else 0,
-    }
 
 
 class SequenceUsage:

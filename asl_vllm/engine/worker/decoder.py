@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from asl_vllm.engine.scratch import ScratchPages
+from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape, RankLostError
 
 

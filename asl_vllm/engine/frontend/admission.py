@@ -1,7 +1,8 @@
 """Which requests a pruning server admits: their budget, their prompt, the pool.
 
-One validation for HTTP, ``vllm_xargs`` and offline requests (`engine/request.py`
-calls it). Whatever cannot run is refused with a 400 that says what to change.
+One validation for HTTP, ``vllm_xargs`` and offline requests, called by
+`engine/frontend/request.py`. Whatever cannot run is refused with a 400 that says what
+to change.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from asl_vllm.config import AslConfig
 from asl_vllm.engine import settings
-from asl_vllm.engine.fields import FIELDS, given_fields
+from asl_vllm.engine.frontend.fields import FIELDS, given_fields
 from asl_vllm.engine.plan import (
     BUDGET_FIELD,
     POLICY_FIELD,
