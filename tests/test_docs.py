@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,13 @@ def test_every_policy_has_a_row(name: str) -> None:
     text = (DOCS / "policies.md").read_text(encoding="utf-8")
     assert re.search(rf"^\| `{name}` \|", text, re.M)
     assert f"\n- `{name}`: " in text
+
+
+def test_the_table_of_options_is_the_codes() -> None:
+    script = ROOT / "scripts" / "option_table.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, (
+        f"run {script.relative_to(ROOT)}"
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Writes the table of options in docs/configuration.md, from `AslConfig` itself.
+
+    python scripts/option_table.py            # writes the document
+    python scripts/option_table.py --check    # exit status 1 where it is not so
+
+What an option means is the text below its field in asl_vllm/config.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+from asl_vllm.config import AslConfig
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+BEGIN = "<!-- options: written by scripts/option_table.py -->"
+END = "<!-- end of options -->"
+OWN_FLAGS = {"policy": "--kv-policy", "budget": "--kv-budget", "bands": "--kv-bands"}
+"""Options that are flags of their own, not keys of ``--kv-policy-config``."""
+
+
+def meanings() -> dict[str, str]:
+    """Each field's text, in the order of the fields."""
+    (tree,) = ast.parse(inspect.getsource(AslConfig)).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(text, ast.Expr), f"{field.target.id} has no text"
+            assert isinstance(text.value, ast.Constant)
+            said = inspect.cleandoc(str(text.value.value))
+            found[field.target.id] = " ".join(said.split())
+    return found
+
+
+def table() -> str:
+    """The table, a row a field."""
+    texts = meanings()
+    rows = ["| Option | Default | Meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(AslConfig):
+        name = OWN_FLAGS.get(field.name, f'"{field.name}"')
+        default = json.dumps(field.default)
+        meaning = re.sub(r"``(.+?)``", r"`\1`", texts[field.name]).replace("|", "\\|")
+        rows.append(f"| `{name}` | `{default}` | {meaning} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Writes the page, or with ``--check`` says whether it is as written."""
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    written = f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}"
+    if "--check" in sys.argv[1:]:
+        return int(page != written)
+    PAGE.write_text(written, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
