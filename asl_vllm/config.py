@@ -11,17 +11,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from importlib.metadata import entry_points
 from typing import Any
 
-_POLICIES = Path(__file__).parent / "selection" / "policies"
-
-POLICY_NAMES: tuple[str, ...] = (
-    "none",
-    *sorted({path.stem for path in _POLICIES.glob("*.py")} - {"__init__", "base"}),
+BUILT_IN_POLICIES: tuple[str, ...] = (
+    "asl",
+    "fastkv",
+    "gemfilter",
+    "pyramidinfer",
+    "snapkv",
 )
-"""Values of ``--kv-policy``: the modules of `asl_vllm.selection.policies`, which are
-not imported for their names; and ``none``, which leaves vLLM as it is."""
+"""Names of the policies of this package, the keys of `asl_vllm.selection.POLICIES`."""
+
+POLICY_GROUP = "asl_vllm.policies"
+"""Entry-point group in which other packages name policies of theirs."""
+
+POLICY_NAMES: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        ("none", *BUILT_IN_POLICIES, *sorted(entry_points(group=POLICY_GROUP).names))
+    )
+)
+"""Values of ``--kv-policy``: ``none``, which leaves vLLM as it is, our policies, and
+those of installed packages. Only their names are read here; a server with a policy
+checks at start-up what they stand for (`asl_vllm.selection.installed_policies`)."""
 
 SHALLOW_MODES: tuple[str, ...] = ("snapkv", "full")
 """Values of ``kv_shallow``: what layers up to the selection layer keep."""

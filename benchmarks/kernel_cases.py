@@ -13,7 +13,7 @@ import asl_kernels.block_table_view as view
 import asl_kernels.gather_kept as gather
 import asl_kernels.rank_variance as variance
 import asl_kernels.window_scores as window
-from asl_vllm.selection.kept import kept_per_head
+from asl_vllm.selection.kept import best_and_tail
 
 WINDOW, POOL = 32, 7
 KV_HEADS, GROUP, DIM = 8, 4, 128
@@ -262,7 +262,7 @@ def selecting(tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
         scores = of_scores.window_scores(q, k, scale=SCALE, pool_kernel=POOL)
         ranks = torch.stack([*before, of_ranks.descending_ranks(scores.sum(0))])
         of_ranks.rank_variance(ranks, BUDGET - WINDOW).item()
-        kept = kept_per_head(scores, BUDGET, WINDOW)
+        kept = best_and_tail(scores, BUDGET, WINDOW)
         if wrapped:
             gather.gather_kept(k, v, kept)
         else:

@@ -13,13 +13,16 @@ from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.tap import LayerTap
+from asl_vllm.selection.deciding import decide
 from asl_vllm.selection.errors import SelectionError
-from asl_vllm.selection.policies import LayerDecision, Policy
+from asl_vllm.selection.policies import Keep, LayerDecision, Policy
+
+_ALL = LayerDecision(Keep.ALL)
 
 
-def _checksum(tokens: torch.Tensor | None) -> int:
-    """A number that differs where tokens, or their order, do; 0 for no decision."""
-    if tokens is None:
+def _checksum(tokens: torch.Tensor | Keep) -> int:
+    """A number that differs where tokens, or their order, do; 0 for all of them."""
+    if isinstance(tokens, Keep):
         return 0
     place = torch.arange(1, len(tokens) + 1, device=tokens.device)
     return int(((tokens + 1) * place).sum())
@@ -151,35 +154,35 @@ class Prefill:
         values = self._buffers.values[: self._num_rows]
         # Before the next layer, where ranks meet in the model's own collectives.
         with agreed(self._model):
-            self._keep_and_go_on(keys, values)
+            self._keep_and_send_deeper(keys, values)
         assert not self.done or self._written_layers == self._layer
 
-    def _keep_and_go_on(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _keep_and_send_deeper(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes what the layer keeps and leaves the tokens that go deeper."""
         layer = self._layer
-        # Where tokens are chosen already but a band's end is awaited, nothing is asked.
-        decision = self._decide(keys) if self._deeper is None else None
-        if decision is None or self._keeps_all:
+        # Where tokens are selected but a band's end is awaited, nothing is asked.
+        decision = self._decide(keys) if self._deeper is None else _ALL
+        if self._keeps_all or decision.kept is Keep.ALL:
             self._write(keys, values)
-        elif decision.kept is not None:
+        elif isinstance(decision.kept, torch.Tensor):
             self._write(*gather_kept(keys, values, decision.kept))
         self._layer += 1
         self._row = 0
-        if decision is not None and decision.propagated is not None:
+        if isinstance(decision.deeper, torch.Tensor):
             if self._selection_layer is None:
                 self._selection_layer = layer
             if decision.restart:
-                self._restart(decision.propagated)
+                self._restart(decision.deeper)
             else:
-                self._deeper = decision.propagated
+                self._deeper = decision.deeper
         # A band has one block table, so where it keeps all tokens they pass all of it.
         if not self._keeps_all or self._bands.ends(layer):
             self._go_deeper(layer)
 
-    def _decide(self, keys: torch.Tensor) -> LayerDecision | None:
-        """What becomes of the layer's tokens; None: they are k, so all stay."""
+    def _decide(self, keys: torch.Tensor) -> LayerDecision:
+        """What becomes of the layer's tokens; where they are k, all stay."""
         if self._num_rows == self.job.kept_tokens:
-            return None
+            return _ALL
         # Before the ranks meet in the sum.
         with agreed(self._model):
             scores = self._policy.score(
@@ -189,13 +192,15 @@ class Prefill:
                 self._model.attention_scale(self._layer),
             )
         if scores is None:
-            return LayerDecision()
+            return LayerDecision(Keep.NONE)
         head_scores, layer_score = scores
         layer_score = self._model.sum_over_ranks(layer_score)
         # Before they meet in comparing.
         with agreed(self._model):
-            decision = self._policy.decide(self._layer, layer_score, head_scores)
-            checksum = _checksum(decision.propagated)
+            decision = decide(
+                self._policy, self._layer, self._num_rows, layer_score, head_scores
+            )
+            checksum = _checksum(decision.deeper)
         if not self._model.ranks_agree(checksum):
             raise SelectionError(
                 f"layer {self._layer}: tensor-parallel ranks decided differently about "
@@ -212,7 +217,7 @@ class Prefill:
         self._written_layers += 1
 
     def _go_deeper(self, layer: int) -> None:
-        """Leaves only the chosen tokens, at their positions, if any were chosen."""
+        """Leaves only the selected tokens, at their positions, if any were selected."""
         if self._deeper is None:
             return
         self._buffers.hidden.keep(self._deeper, self._num_rows)

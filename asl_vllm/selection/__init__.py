@@ -10,22 +10,32 @@ from asl_vllm.selection.budget import (
     resolve_kept,
     validate_budget,
 )
+from asl_vllm.selection.deciding import decide
 from asl_vllm.selection.errors import SelectionError
-from asl_vllm.selection.kept import kept_per_head, propagated_tokens, top_tokens
-from asl_vllm.selection.policies import POLICIES, LayerDecision, Policy, make_policy
+from asl_vllm.selection.kept import best_and_tail, top_tokens
+from asl_vllm.selection.policies import (
+    POLICIES,
+    Keep,
+    LayerDecision,
+    Policy,
+    installed_policies,
+    make_policy,
+)
 from asl_vllm.selection.replay import ReplayResult, replay
 
 __all__ = [
     "POLICIES",
     "BudgetError",
+    "Keep",
     "LayerDecision",
     "Policy",
     "ReplayResult",
     "SelectionError",
-    "kept_per_head",
+    "best_and_tail",
+    "decide",
+    "installed_policies",
     "make_policy",
     "minimum_budget",
-    "propagated_tokens",
     "replay",
     "resolve_kept",
     "top_tokens",

@@ -1,4 +1,4 @@
-"""The tokens that stay: the highest scoring ones, and the window."""
+"""The tokens that are selected: the highest scoring ones, and the last ones."""
 
 from __future__ import annotations
 
@@ -39,47 +39,26 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
     return kept.scatter_(-1, slot, position)[..., :count]
 
 
-def kept_per_head(head_scores: Tensor, kept: int, window: int) -> Tensor:
-    """The tokens each KV head keeps: its best by head score, then the window.
+def best_and_tail(scores: Tensor, count: int, tail: int) -> Tensor:
+    """The best tokens by score, then the last ones, which have none.
 
     Args:
-        head_scores: ``[Hkv, M - W]``.
-        kept: k, tokens a head keeps, the window included; above ``window``.
-        window: W.
+        scores: ``[..., M - tail]``: a layer's, or each KV head's.
+        count: Tokens to select, the tail included; above ``tail``.
+        tail: Last tokens, always selected.
 
     Returns:
-        int64 ``[Hkv, k]``, ascending tokens in 0 to M - 1.
+        int64 ``[..., count]``, ascending tokens in 0 to M - 1.
 
     Raises:
-        ValueError: ``kept`` is not in window + 1 to M.
+        ValueError: ``count`` is not in tail + 1 to M.
     """
-    return _with_window(head_scores, kept, window)
-
-
-def propagated_tokens(layer_score: Tensor, kept: int, window: int) -> Tensor:
-    """The tokens that go deeper: the best by layer score, then the window.
-
-    Args:
-        layer_score: ``[M - W]``.
-        kept: k, tokens that go deeper, the window included; above ``window``.
-        window: W.
-
-    Returns:
-        int64 ``[k]``, ascending tokens in 0 to M - 1.
-
-    Raises:
-        ValueError: ``kept`` is not in window + 1 to M.
-    """
-    return _with_window(layer_score, kept, window)
-
-
-def _with_window(scores: Tensor, kept: int, window: int) -> Tensor:
     prefix = scores.shape[-1]
-    if not window < kept <= prefix + window:
+    if not tail < count <= prefix + tail:
         raise ValueError(
-            f"kept: got {kept}; allowed: {window + 1} to {prefix + window} tokens "
-            f"(window {window})."
+            f"count: got {count}; allowed: {tail + 1} to {prefix + tail} tokens "
+            f"({tail} always stay)."
         )
-    top = top_tokens(scores, kept - window)
-    tail = torch.arange(prefix, prefix + window, device=scores.device)
-    return torch.cat([top, tail.expand(*scores.shape[:-1], window)], dim=-1)
+    best = top_tokens(scores, count - tail)
+    last = torch.arange(prefix, prefix + tail, device=scores.device)
+    return torch.cat([best, last.expand(*scores.shape[:-1], tail)], dim=-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from asl_kernels.rank_variance import descending_ranks
 from asl_vllm.config import AslConfig
+from asl_vllm.selection.deciding import decide
 from asl_vllm.selection.policies import make_policy
 
 
@@ -26,8 +27,8 @@ class ReplayResult:
     kept: tuple[Tensor, ...]
     """Per layer int64 ``[Hkv, k]``: the tokens each KV head keeps, ascending. Empty
     for gemfilter: what a restart computes is not in a recording."""
-    propagated: Tensor | None
-    """int64 ``[p]``: the tokens that go deeper or start over, ascending."""
+    deeper: Tensor | None
+    """int64 ``[p]``: the tokens that go deeper or start over, ascending; None: all."""
 
 
 def replay(
@@ -87,19 +88,19 @@ def replay(
         if scores is None:
             continue
         head_scores, layer_score = scores
-        decision = policy.decide(layer, layer_score, head_scores)
+        decision = decide(policy, layer, keys.shape[2], layer_score, head_scores)
         ranks.append(descending_ranks(layer_score))
-        if decision.kept is not None:
+        if isinstance(decision.kept, Tensor):
             kept.append(decision.kept)
         if decision.ratio is not None:
             ratios.append(decision.ratio)
-        if decision.propagated is not None:
+        if isinstance(decision.deeper, Tensor):
             return ReplayResult(
                 torch.stack(ranks),
                 tuple(ratios),
                 layer,
                 tuple(kept),
-                decision.propagated,
+                decision.deeper,
             )
     if not ranks:
         raise ValueError(

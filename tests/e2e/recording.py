@@ -34,9 +34,13 @@ def record(monkeypatch: pytest.MonkeyPatch, name: str) -> Decisions:
             decisions.of_prompt.append(self._mine)
 
         def decide(
-            self, layer: int, layer_score: Tensor, head_scores: Tensor
+            self,
+            layer: int,
+            layer_score: Tensor,
+            head_scores: Tensor,
+            observed: float | None,
         ) -> LayerDecision:
-            decision = super().decide(layer, layer_score, head_scores)
+            decision = super().decide(layer, layer_score, head_scores, observed)
             self._mine.append(decision)
             return decision
 

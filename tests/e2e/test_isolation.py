@@ -12,6 +12,7 @@ import torch
 from vllm.exceptions import VLLMValidationError
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError
+from asl_vllm.selection.policies import Keep
 from tests.e2e.harness import (
     BLOCK,
     Engine,
@@ -162,9 +163,10 @@ def assert_same_decisions(got: list[Any], want: list[Any]) -> None:
     assert len(got) == len(want)
     for mine, other in zip(got, want, strict=True):
         assert torch.equal(mine.kept, other.kept)
-        assert (mine.propagated is None) == (other.propagated is None)
-        if mine.propagated is not None:
-            assert torch.equal(mine.propagated, other.propagated)
+        if mine.deeper is Keep.ALL or other.deeper is Keep.ALL:
+            assert mine.deeper is other.deeper
+        else:
+            assert torch.equal(mine.deeper, other.deeper)
 
 
 def test_neighbours_and_repetition_change_nothing(

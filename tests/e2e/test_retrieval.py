@@ -78,12 +78,17 @@ def test_random_tokens_answer_nothing(
 
     class Random(base):  # type: ignore[valid-type,misc]
         def decide(
-            self, layer: int, layer_score: Tensor, head_scores: Tensor
+            self,
+            layer: int,
+            layer_score: Tensor,
+            head_scores: Tensor,
+            observed: float | None,
         ) -> LayerDecision:
             return super().decide(
                 layer,
                 torch.rand(layer_score.shape, generator=generator),
                 torch.rand(head_scores.shape, generator=generator),
+                observed,
             )
 
     monkeypatch.setitem(POLICIES, "asl", Random)

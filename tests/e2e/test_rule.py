@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from asl_vllm.config import POLICY_NAMES
 from asl_vllm.prefill import PrefillBuffers
 from asl_vllm.selection.budget import resolve_kept
+from asl_vllm.selection.policies import Keep
 from tests.e2e.harness import BLOCK, Engine, engine, random_prompt
 from tests.e2e.recording import record
 from tests.oracle import published
@@ -47,10 +48,10 @@ def assert_same_selection(decisions: list, want: OracleResult, num_tokens: int) 
     """Each layer's kept tokens, as positions of the prompt, are the oracle's."""
     positions, first_dropped, kept = torch.arange(num_tokens), None, []
     for decision in decisions:
-        if decision.kept is not None:
+        if decision.kept is not Keep.NONE:
             kept.append(positions[decision.kept])
-        if decision.propagated is not None:
-            positions = positions[decision.propagated]
+        if decision.deeper is not Keep.ALL:
+            positions = positions[decision.deeper]
             first_dropped = positions if first_dropped is None else first_dropped
     kept_heads = len(want.kept_per_layer[0])
     # Layers that no decision was asked about keep all that they were given.

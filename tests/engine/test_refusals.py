@@ -428,6 +428,18 @@ def test_options_that_do_not_fit_are_refused(
         assert part in str(refused.value)
 
 
+def test_a_bad_policy_of_a_package_ends_the_start_of_a_policy_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise ConfigError("entry point 'asl': got 'others:Policy'")
+
+    monkeypatch.setattr(launch, "installed_policies", refuse)
+    with pytest.raises(ConfigError, match="entry point 'asl'"):
+        engine_config(ASL)
+    assert engine_config().kv_transfer_config is None
+
+
 @pytest.mark.parametrize(
     "options",
     [

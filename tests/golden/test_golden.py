@@ -77,13 +77,13 @@ def test_selection(case: int) -> None:
     result = replayed(case)
     if layer == -1:
         assert result.selection_layer is None
-        assert result.propagated is None
+        assert result.deeper is None
         assert len(result.kept) == len(recording(case)["q"])
     else:
         assert result.selection_layer == layer
-        assert result.propagated is not None
+        assert result.deeper is not None
         want = recording(case)["selected"]
-        np.testing.assert_array_equal(result.propagated.numpy(), want)
+        np.testing.assert_array_equal(result.deeper.numpy(), want)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,6 +109,6 @@ def test_fixing_the_layer_that_was_found_selects_the_same(case: int) -> None:
     result = replayed(case, fixed=layer)
     assert result.selection_layer == layer
     assert result.ratios == ()
-    assert result.propagated is not None
+    assert result.deeper is not None
     want = recording(case)["selected"]
-    np.testing.assert_array_equal(result.propagated.numpy(), want)
+    np.testing.assert_array_equal(result.deeper.numpy(), want)

@@ -101,9 +101,9 @@ def test_the_tokens_are_those_of_the_selection_layer(selection_layer: int) -> No
     """Although they go deeper at the end of its band only."""
     plain = run(selection_layer, 1, full=False)
     full = run(selection_layer, 2, full=True)
-    mine, theirs = (r.policy.decisions[-1].propagated for r in (full, plain))
-    assert mine is not None
-    assert theirs is not None
+    mine, theirs = (r.policy.decisions[-1].deeper for r in (full, plain))
+    assert isinstance(mine, torch.Tensor)
+    assert isinstance(theirs, torch.Tensor)
     assert torch.equal(mine, theirs)
     deepest = [call for call in full.model.calls if call.layer == LAYERS - 1]
     seen = [position for call in deepest for position in call.positions]

@@ -88,16 +88,16 @@ def test_deeper_layers_keep_all_they_are_given() -> None:
 def test_deeper_layers_see_the_selected_tokens_at_their_positions() -> None:
     work = job()
     done = run(work, selection_layer=2, chunk=7)
-    propagated = done.policy.decisions[-1].propagated
-    assert propagated is not None
+    deeper = done.policy.decisions[-1].deeper
+    assert isinstance(deeper, torch.Tensor)
     everyone = list(range(work.num_prompt_tokens))
     for layer in range(LAYERS):
         calls = [call for call in done.model.calls if call.layer == layer]
         positions = [p for call in calls for p in call.positions]
-        assert positions == (everyone if layer <= 2 else propagated.tolist())
+        assert positions == (everyone if layer <= 2 else deeper.tolist())
         starts = [call.start for call in calls]
         assert starts == list(range(0, len(positions), 7))
-    assert propagated.tolist()[-WINDOW:] == everyone[-WINDOW:]
+    assert deeper.tolist()[-WINDOW:] == everyone[-WINDOW:]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asl_kernels.window_scores import window_scores
 from asl_vllm.prefill import Prefill
-from asl_vllm.selection.policies import LayerDecision, Policy
+from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 from tests.prefill.toy import (
     CAPACITY,
     SHAPE,
@@ -88,8 +88,8 @@ def test_the_pool_holds_what_each_layer_keeps(
     decided = dict(zip(done.policy.layers, done.policy.decisions, strict=True))
     for layer in range(LAYERS):
         decision = decided.get(layer)
-        kept = None if decision is None else decision.kept
-        if kept is None:  # the layer was given k tokens
+        kept = Keep.ALL if decision is None else decision.kept
+        if not isinstance(kept, Tensor):  # the layer was given k tokens
             assert len(done.model.keys[layer]) == K
             kept = torch.arange(K).expand(SHAPE.num_kv_heads, -1)
         for row, slot in enumerate(work.slots):
@@ -130,9 +130,9 @@ def test_a_share_of_the_prompt_goes_deeper(layer: int) -> None:
     assert K < share < N
     rows = rows_of_layers(done)
     assert list(map(len, rows)) == [N] * (layer + 1) + [share] * (LAYERS - layer - 1)
-    propagated = done.policy.decisions[layer].propagated
-    assert propagated is not None
-    assert all(positions == propagated.tolist() for positions in rows[layer + 1 :])
+    deeper = done.policy.decisions[layer].deeper
+    assert isinstance(deeper, Tensor)
+    assert all(positions == deeper.tolist() for positions in rows[layer + 1 :])
     assert done.report.selection_layer == layer
     assert done.policy.layers == list(range(LAYERS))
 
@@ -167,12 +167,12 @@ def test_the_whole_prompt_may_go_deeper() -> None:
         assert torch.equal(key, same_as.model.written[place][0])
 
 
-# GemFilter: the chosen tokens are a prompt of their own
+# GemFilter: the selected tokens are a prompt of their own
 
 
 @pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
 @pytest.mark.parametrize("chunk", [7, CAPACITY])
-def test_the_chosen_tokens_run_again_from_layer_0(layer: int, chunk: int) -> None:
+def test_the_selected_tokens_run_again_from_layer_0(layer: int, chunk: int) -> None:
     done = run(job(policy="gemfilter"), selection_layer=layer, chunk=chunk)
     filtering, again = [list(range(N))], [list(range(N - K, N))]
     assert rows_of_layers(done) == filtering * (layer + 1) + again * LAYERS
@@ -185,14 +185,14 @@ def test_the_chosen_tokens_run_again_from_layer_0(layer: int, chunk: int) -> Non
     assert done.report.skipped_token_layers == max(0, N * LAYERS - cost)
 
 
-def test_the_second_run_knows_only_the_chosen_tokens() -> None:
+def test_the_second_run_knows_only_the_selected_tokens() -> None:
     """It equals a prompt of these tokens alone, at the last positions."""
     work = job(policy="gemfilter")
     done = run(work, selection_layer=2)
-    chosen = done.policy.decisions[0].propagated
-    assert chosen is not None
+    selected = done.policy.decisions[0].deeper
+    assert isinstance(selected, Tensor)
     alone = ToyDecoder()
-    hidden = alone.embed(torch.tensor(work.prompt_token_ids)[chosen])
+    hidden = alone.embed(torch.tensor(work.prompt_token_ids)[selected])
     tap = prefill(work)[0]._tap
     tap.start_layer(K)
     tap.start_chunk(0, K)
@@ -255,7 +255,7 @@ def test_one_choice_for_all_heads_with_sinks_and_window() -> None:
     done = run(job(policy="pyramidinfer"))
     rows = rows_of_layers(done)
     for layer, decision in zip(done.policy.layers, done.policy.decisions, strict=True):
-        assert decision.kept is not None
+        assert isinstance(decision.kept, Tensor)
         for tokens in decision.kept.tolist():
             assert tokens == decision.kept[0].tolist()
             positions = [rows[layer][token] for token in tokens]

@@ -176,6 +176,7 @@ class RecordingPolicy(Policy):
             kept_tokens=policy.kept_tokens,
         )
         self.policy = policy
+        self.tail = policy.tail
         self.asked: list[int] = []
         self.layers: list[int] = []
         self.decisions: list[LayerDecision] = []
@@ -187,11 +188,18 @@ class RecordingPolicy(Policy):
         self.asked.append(layer)
         return self.policy.score(layer, window_queries, keys, scale)
 
+    def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
+        return self.policy.observe(layer, layer_score)
+
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         self.layers.append(layer)
-        decision = self.policy.decide(layer, layer_score, head_scores)
+        decision = self.policy.decide(layer, layer_score, head_scores, observed)
         self.decisions.append(decision)
         self.layer_scores.append(layer_score)
         return decision
@@ -276,10 +284,12 @@ def same(one: Run, other: Run) -> None:
     for mine, theirs in zip(one.policy.decisions, other.policy.decisions, strict=True):
         for tokens, others in (
             (mine.kept, theirs.kept),
-            (mine.propagated, theirs.propagated),
+            (mine.deeper, theirs.deeper),
         ):
-            assert (tokens is None) == (others is None)
-            assert tokens is None or torch.equal(tokens, others)
+            if isinstance(tokens, Tensor) and isinstance(others, Tensor):
+                assert torch.equal(tokens, others)
+            else:
+                assert tokens is others
     assert one.model.written.keys() == other.model.written.keys()
     for place, (key, value) in one.model.written.items():
         assert torch.equal(key, other.model.written[place][0]), place

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asl_kernels.rank_variance import descending_ranks
-from asl_vllm.selection.kept import kept_per_head, propagated_tokens, top_tokens
+from asl_vllm.selection.kept import best_and_tail, top_tokens
 
 
 def naive_top(scores: list[float], count: int) -> list[int]:
@@ -60,26 +60,26 @@ def test_ties_favour_the_later_token() -> None:
 
 def test_heads_keep_their_own_tokens_and_the_window() -> None:
     head_scores = torch.tensor([[5.0, 1.0, 4.0, 0.0], [0.0, 6.0, 1.0, 1.0]])
-    kept = kept_per_head(head_scores, kept=5, window=3)
+    kept = best_and_tail(head_scores, count=5, tail=3)
     assert kept.tolist() == [[0, 2, 4, 5, 6], [1, 3, 4, 5, 6]]
-    propagated = propagated_tokens(head_scores.sum(0), kept=4, window=3)
-    assert propagated.tolist() == [1, 4, 5, 6]
+    deeper = best_and_tail(head_scores.sum(0), count=4, tail=3)
+    assert deeper.tolist() == [1, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("prefix", "window"), [(1, 1), (1, 64), (100, 8)])
 def test_every_token_may_be_kept(prefix: int, window: int) -> None:
     everything = torch.arange(prefix + window)
-    kept = kept_per_head(torch.randn(3, prefix), prefix + window, window)
+    kept = best_and_tail(torch.randn(3, prefix), prefix + window, window)
     assert torch.equal(kept, everything.expand(3, -1))
-    got = propagated_tokens(torch.randn(prefix), prefix + window, window)
+    got = best_and_tail(torch.randn(prefix), prefix + window, window)
     assert torch.equal(got, everything)
 
 
 def test_no_result_is_read_by_the_host() -> None:
     # Meta tensors have no data: reading any, or a shape that depends on it, raises.
     scores = torch.empty(4, 90, device="meta")
-    assert kept_per_head(scores, 40, 8).shape == (4, 40)
-    assert propagated_tokens(scores[0], 40, 8).shape == (40,)
+    assert best_and_tail(scores, 40, 8).shape == (4, 40)
+    assert best_and_tail(scores[0], 40, 8).shape == (40,)
 
 
 def test_bad_arguments() -> None:
@@ -87,9 +87,7 @@ def test_bad_arguments() -> None:
     for count in (0, -1, 11):
         with pytest.raises(ValueError, match=rf"count: got {count}; allowed: 1 to 10"):
             top_tokens(scores, count)
-    for kept in (8, 19):
-        message = rf"kept: got {kept}; allowed: 9 to 18 tokens \(window 8\)"
+    for count in (8, 19):
+        message = rf"count: got {count}; allowed: 9 to 18 tokens \(8 always stay\)"
         with pytest.raises(ValueError, match=message):
-            kept_per_head(scores, kept, window=8)
-        with pytest.raises(ValueError, match=message):
-            propagated_tokens(scores[0], kept, window=8)
+            best_and_tail(scores, count, tail=8)

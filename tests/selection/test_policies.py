@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from asl_kernels.window_scores import window_scores
-from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
+from asl_vllm.config import BUILT_IN_POLICIES, AslConfig, ConfigError
 from asl_vllm.selection import (
     POLICIES,
+    Keep,
     LayerDecision,
     Policy,
     SelectionError,
-    kept_per_head,
+    best_and_tail,
+    decide,
     make_policy,
-    propagated_tokens,
 )
 
 LAYERS, KV_HEADS, WINDOW, PREFIX, KEPT = 16, 2, 8, 120, 40
@@ -40,13 +41,18 @@ def make(name: str, **options: Any) -> Policy:
     return make_policy(name, config, num_layers=LAYERS, kept_tokens=KEPT)
 
 
+def ask(policy: Policy, layer: int, head_scores: Tensor) -> LayerDecision:
+    tokens = head_scores.shape[1] + policy.tail
+    return decide(policy, layer, tokens, head_scores.sum(0), head_scores)
+
+
 def decide_all(name: str, scores: list[Tensor], **options: Any) -> list[LayerDecision]:
     """Decisions up to the first that drops tokens; scores of fewer are others."""
     policy = make(name, **options)
     decisions = []
     for layer, head_scores in enumerate(scores):
-        decisions.append(policy.decide(layer, head_scores.sum(0), head_scores))
-        if decisions[-1].propagated is not None:
+        decisions.append(ask(policy, layer, head_scores))
+        if isinstance(decisions[-1].deeper, Tensor):
             break
     return decisions
 
@@ -82,7 +88,7 @@ def test_asl_selects_at_the_first_settled_layer(
     settled = [l_min + i for i, ratio in enumerate(want) if ratio < tau]
     decisions = decide_all("asl", scores, l_min=l_min, l_obs=l_obs, tau=tau)
     assert len(decisions) == (settled[0] + 1 if settled else LAYERS)
-    assert (decisions[-1].propagated is not None) == bool(settled)
+    assert isinstance(decisions[-1].deeper, Tensor) == bool(settled)
     assert all(decision.ratio is None for decision in decisions[:l_min])
     ratios = [decision.ratio for decision in decisions[l_min:]]
     assert ratios == pytest.approx(want[: len(ratios)], rel=1e-9)
@@ -96,18 +102,18 @@ def test_asl_resolves_layers_from_the_depth() -> None:
 
 
 @pytest.mark.parametrize("name", ["asl", "snapkv", "fastkv"])
-def test_what_is_kept_and_propagated(name: str) -> None:
+def test_what_is_kept_and_what_goes_deeper(name: str) -> None:
     scores = settling_scores(0.5)
     decisions = decide_all(name, scores, l_min=2, l_obs=2, propagated_share=0.01)
-    assert (decisions[-1].propagated is None) == (name == "snapkv")
+    assert (decisions[-1].deeper is Keep.ALL) == (name == "snapkv")
     for decision, head_scores in zip(decisions, scores, strict=False):
-        want = kept_per_head(head_scores, KEPT, WINDOW)
-        assert decision.kept is not None
+        want = best_and_tail(head_scores, KEPT, WINDOW)
+        assert decision.kept is not Keep.NONE
         assert torch.equal(decision.kept, want)
         assert not decision.restart
-        if decision.propagated is not None:
-            want = propagated_tokens(head_scores.sum(0), KEPT, WINDOW)
-            assert torch.equal(decision.propagated, want)
+        if isinstance(decision.deeper, Tensor):
+            want = best_and_tail(head_scores.sum(0), KEPT, WINDOW)
+            assert torch.equal(decision.deeper, want)
 
 
 @pytest.mark.parametrize("name", ["asl", "snapkv", "fastkv"])
@@ -134,11 +140,11 @@ def test_fastkv_sends_a_share_deeper_after_one_layer(
     decisions = decide_all("fastkv", scores, **options)
     at = 8 if layer is None else layer  # 15 of 32 is 7.5 of 16
     assert len(decisions) == (LAYERS if count is None else at + 1)
-    assert all(d.propagated is None for d in decisions[:at])
+    assert all(d.deeper is Keep.ALL for d in decisions[:at])
     if count is not None:
-        want = propagated_tokens(scores[at].sum(0), count, WINDOW)
-        assert decisions[at].propagated is not None
-        assert torch.equal(decisions[at].propagated, want)
+        want = best_and_tail(scores[at].sum(0), count, WINDOW)
+        assert isinstance(decisions[at].deeper, Tensor)
+        assert torch.equal(decisions[at].deeper, want)
 
 
 def test_gemfilter_scores_by_the_last_query() -> None:
@@ -173,11 +179,11 @@ def test_gemfilter_restarts_with_the_best_and_the_last(layer: int | None) -> Non
         i != at for i in range(LAYERS)
     ]
     head_scores = settling_scores(1.0)[0]
-    decision = policy.decide(at, head_scores.sum(0), head_scores)
-    assert (decision.kept, decision.restart) == (None, True)
+    decision = ask(policy, at, head_scores)
+    assert (decision.kept, decision.restart) == (Keep.NONE, True)
     best = head_scores.sum(0).topk(KEPT - 1).indices.tolist()
-    assert decision.propagated is not None
-    assert decision.propagated.tolist() == sorted([*best, PREFIX])
+    assert isinstance(decision.deeper, Tensor)
+    assert decision.deeper.tolist() == sorted([*best, PREFIX])
 
 
 def test_pyramidinfer_weighs_later_rows_more() -> None:
@@ -203,8 +209,8 @@ def test_pyramidinfer_leaves_a_fifth_to_the_last_of_32_layers() -> None:
     context = 10_000
     for layer in range(31):
         scores = torch.rand(1, context)
-        propagated = policy.decide(layer, scores[0], scores).propagated
-        context = context if propagated is None else len(propagated) - WINDOW
+        deeper = ask(policy, layer, scores).deeper
+        context = len(deeper) - WINDOW if isinstance(deeper, Tensor) else context
     assert 0.2 < context / 10_000 < 0.25
 
 
@@ -214,19 +220,19 @@ def test_pyramidinfer_sends_fewer_deeper_at_each_layer(decay: float) -> None:
     context, seen = PREFIX, []
     for layer in range(LAYERS):
         scores = torch.rand(KV_HEADS, context)
-        decision = policy.decide(layer, scores.sum(0), scores)
+        decision = ask(policy, layer, scores)
         seen.append(context)
         ranked = scores.sum(0)
         ranked[:4] = 99
         best = ranked.topk(KEPT - WINDOW).indices.sort().values.tolist()
         tail = list(range(context, context + WINDOW))
-        assert decision.kept is not None
+        assert decision.kept is not Keep.NONE
         assert decision.kept.tolist() == [best + tail] * KV_HEADS
         assert not decision.restart
-        if decision.propagated is not None:
-            count = len(decision.propagated) - WINDOW
+        if isinstance(decision.deeper, Tensor):
+            count = len(decision.deeper) - WINDOW
             best = ranked.topk(count).indices.sort().values.tolist()
-            assert decision.propagated.tolist() == best + tail
+            assert decision.deeper.tolist() == best + tail
             context = count
         if context == KEPT - WINDOW:
             break
@@ -245,7 +251,7 @@ def test_pyramidinfer_sends_fewer_deeper_at_each_layer(decay: float) -> None:
 def test_snapkv_never_selects() -> None:
     decisions = decide_all("snapkv", settling_scores(0.1), tau=9, selection_layer=3)
     assert len(decisions) == LAYERS
-    assert all(d.propagated is None and d.ratio is None for d in decisions)
+    assert all(d.deeper is Keep.ALL and d.ratio is None for d in decisions)
 
 
 @pytest.mark.parametrize("layer", [0, 3, LAYERS - 1])
@@ -258,7 +264,7 @@ def test_a_fixed_layer_needs_no_ranks(
     monkeypatch.setattr("asl_vllm.selection.settling.descending_ranks", refuse)
     decisions = decide_all("asl", settling_scores(0.1), tau=9, selection_layer=layer)
     assert len(decisions) == layer + 1
-    assert decisions[-1].propagated is not None
+    assert isinstance(decisions[-1].deeper, Tensor)
     assert all(d.ratio is None for d in decisions)
 
 
@@ -279,7 +285,7 @@ def test_identical_layers_count_as_settled() -> None:
     scores = settling_scores(1.0)[:1] * LAYERS
     decisions = decide_all("asl", scores, l_min=5, l_obs=4)
     assert [d.ratio for d in decisions[5:]] == [1.0, 0.0]
-    assert decisions[-1].propagated is not None
+    assert isinstance(decisions[-1].deeper, Tensor)
 
 
 def test_movement_after_identical_layers_is_not_settled() -> None:
@@ -292,8 +298,8 @@ def test_equal_scores_keep_the_latest_tokens() -> None:
     decisions = decide_all("asl", [torch.ones(KV_HEADS, PREFIX)], selection_layer=0)
     latest = torch.arange(PREFIX + WINDOW - KEPT, PREFIX + WINDOW)
     assert torch.equal(decisions[0].kept, latest.expand(KV_HEADS, -1))
-    assert decisions[0].propagated is not None
-    assert torch.equal(decisions[0].propagated, latest)
+    assert isinstance(decisions[0].deeper, Tensor)
+    assert torch.equal(decisions[0].deeper, latest)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -308,7 +314,8 @@ def test_scores_that_are_not_finite(name: str, layer: int, bad: float) -> None:
                 if number == layer:
                     broken = head_scores[1] if where == "head" else layer_score
                     broken[17] = bad
-                policy.decide(number, layer_score, head_scores)
+                tokens = PREFIX + policy.tail
+                decide(policy, number, tokens, layer_score, head_scores)
 
 
 @pytest.mark.parametrize("options", [{}, {"selection_layer": 3}], ids=["adaptive", "3"])
@@ -343,7 +350,7 @@ def test_one_read_a_layer(
 
 
 def test_names() -> None:
-    assert set(POLICIES) == set(POLICY_NAMES) - {"none"}
+    assert tuple(POLICIES) == BUILT_IN_POLICIES
     for name in ("none", "h2o", ""):
         message = rf"kv policy: got '{name}'; allowed .*asl, fastkv, "
         with pytest.raises(ConfigError, match=message):

@@ -29,7 +29,7 @@ from asl_vllm.engine.plan import (
     plan_for,
 )
 from asl_vllm.selection.budget import minimum_budget, shown
-from asl_vllm.selection.policies import POLICIES
+from asl_vllm.selection.policies import installed_policies
 
 
 def refuse(
@@ -68,7 +68,7 @@ def check_fields(config: AslConfig, block_size: int, params: SamplingParams) -> 
 
 
 def _check_full(policy: str) -> None:
-    able = [name for name, kind in POLICIES.items() if kind.selects_once]
+    able = [name for name, kind in installed_policies().items() if kind.selects_once]
     if policy != "none" and policy not in able:
         raise refuse(
             f"{SHALLOW_FIELD}: got 'full' with policy {policy}; allowed with: "

@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from asl_vllm.engine.frontend import request
 from asl_vllm.engine.patching import wrap_method
 from asl_vllm.engine.settings import config_of_additional
+from asl_vllm.selection.policies import installed_policies
 
 CONNECTOR_MODULE = "asl_vllm.engine.connector"
 CONNECTOR_NAME = "AslConnector"
@@ -95,6 +96,8 @@ def install() -> None:
         ) -> VllmConfig:
             config = config_of_additional(self.additional_config)
             if config.enabled:
+                # Before the model is looked at: a bad one ends the start.
+                installed_policies()
                 _take_connector(self)
             else:
                 _release_backends()

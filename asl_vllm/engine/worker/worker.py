@@ -22,6 +22,7 @@ from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
+from asl_vllm.selection.policies import installed_policies
 
 logger = init_logger(__name__)
 
@@ -40,6 +41,8 @@ class PrefillWorkerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model, then takes the memory of one prompt's prefill."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # Here and not at the first request, which would wait for their imports.
+        installed_policies()
         self._prefill_spec = self._one_spec()
         capacity = settings.prefill_capacity(self.vllm_config)
         config = settings.config_of(self.vllm_config)

@@ -1,38 +1,38 @@
 """The policies, by the names that ``--kv-policy`` takes.
 
-Each module here but `base` is a policy: its file name is the policy's name, and it
-defines one subclass of `Policy`. Nothing else lists them (docs/policies.md).
+`POLICIES` is the table of those in this package; other packages add theirs under the
+entry-point group ``asl_vllm.policies`` (docs/policies.md).
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-
-from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
-from asl_vllm.selection.policies.base import LayerDecision, Policy
-
-
-def _policy_of(name: str) -> type[Policy]:
-    module = import_module(f"{__name__}.{name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Policy)
-        and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise ImportError(
-            f"{module.__file__}: a policy's file defines one subclass of Policy; "
-            f"found {len(found)}."
-        )
-    return found[0]
-
+from asl_vllm.config import AslConfig, ConfigError
+from asl_vllm.selection.policies.asl import AslPolicy
+from asl_vllm.selection.policies.base import Keep, LayerDecision, Policy
+from asl_vllm.selection.policies.fastkv import FastKvPolicy
+from asl_vllm.selection.policies.gemfilter import GemFilterPolicy
+from asl_vllm.selection.policies.installed import policies_of_packages
+from asl_vllm.selection.policies.pyramidinfer import PyramidInferPolicy
+from asl_vllm.selection.policies.snapkv import SnapKvPolicy
 
 POLICIES: dict[str, type[Policy]] = {
-    name: _policy_of(name) for name in POLICY_NAMES if name != "none"
+    "asl": AslPolicy,
+    "fastkv": FastKvPolicy,
+    "gemfilter": GemFilterPolicy,
+    "pyramidinfer": PyramidInferPolicy,
+    "snapkv": SnapKvPolicy,
 }
-"""Every policy that prunes; ``none`` is the absence of one."""
+"""The policies of this package; ``none`` is the absence of one."""
+
+
+def installed_policies() -> dict[str, type[Policy]]:
+    """Every policy that prunes: ours, and those of installed packages.
+
+    Raises:
+        ConfigError: An installed package names something else under our entry-point
+            group, or takes a name that is taken.
+    """
+    return {**POLICIES, **policies_of_packages()}
 
 
 def make_policy(
@@ -41,22 +41,30 @@ def make_policy(
     """Makes the policy object of one prompt.
 
     Args:
-        name: A key of `POLICIES`; may differ from ``config.policy``.
+        name: A key of `installed_policies`; may differ from ``config.policy``.
         config: The options.
         num_layers: L, the model's depth.
         kept_tokens: k, tokens a layer keeps, the window included.
 
     Raises:
-        ConfigError: No policy has that name.
+        ConfigError: No policy has that name, or see `installed_policies`.
         ValueError: ``kept_tokens`` leaves nothing beside the window.
     """
-    policy = POLICIES.get(name)
+    policies = installed_policies()
+    policy = policies.get(name)
     if policy is None:
         raise ConfigError(
             f"kv policy: got {name!r}; allowed where prompts are pruned: "
-            f"{', '.join(POLICIES)}."
+            f"{', '.join(policies)}."
         )
     return policy(config, num_layers=num_layers, kept_tokens=kept_tokens)
 
 
-__all__ = ["POLICIES", "LayerDecision", "Policy", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "Keep",
+    "LayerDecision",
+    "Policy",
+    "installed_policies",
+    "make_policy",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.policies.base import LayerDecision, Policy
+from asl_vllm.selection.policies.base import Keep, LayerDecision, Policy
 from asl_vllm.selection.settling import RankHistory
 
 
@@ -28,23 +28,25 @@ class AslPolicy(Policy):
             top=kept_tokens - config.window,
         )
 
+    def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
+        """The rank variance of a checked layer, fp64; see `Policy.observe`."""
+        if self.config.selection_layer is not None:
+            return None
+        return self._history.observe(layer, layer_score)
+
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         """See `Policy.decide`."""
-        fixed = self.config.selection_layer
-        ratio = None
-        if fixed is None:
-            observed = self._history.observe(layer, layer_score)
-            variance = self._read(layer, layer_score, head_scores, observed)
-            if variance is not None:
-                ratio = self._history.ratio(variance)
-            selects = ratio is not None and ratio < self._tau
-        else:
-            self._read(layer, layer_score, head_scores)
-            selects = layer == fixed
+        ratio = None if observed is None else self._history.ratio(observed)
+        settled = ratio is not None and ratio < self._tau
+        selects = settled or layer == self.config.selection_layer
         return LayerDecision(
-            kept=self._kept(head_scores),
-            propagated=self._propagated(layer_score) if selects else None,
-            ratio=ratio,
+            self.best_per_head(head_scores),
+            self.best_tokens(layer_score) if selects else Keep.ALL,
+            ratio,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 from typing import ClassVar
 
 import torch
@@ -11,32 +12,54 @@ from torch import Tensor
 
 from asl_kernels.window_scores import window_scores
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.errors import SelectionError
-from asl_vllm.selection.kept import kept_per_head, propagated_tokens
+from asl_vllm.selection.kept import best_and_tail
+
+
+class Keep(enum.Enum):
+    """Where a decision says no token by token what stays."""
+
+    NONE = "none"
+    ALL = "all"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerDecision:
-    """What becomes of a layer's tokens, which are counted from 0 in its own input."""
+    """What becomes of a layer's tokens, which are counted from 0 in its own input.
 
-    kept: Tensor | None = None
-    """int64 ``[Hkv, k]``, ascending: the tokens whose K and V each KV head keeps; None:
-    none, since a restart will keep others in their place."""
-    propagated: Tensor | None = None
-    """int64 ``[p]``, ascending, p at least k: the tokens that go deeper; None: all."""
+    Raises:
+        ValueError: ``deeper`` is `Keep.NONE`, or a restart keeps tokens or names none.
+    """
+
+    kept: Tensor | Keep
+    """int64 ``[Hkv, k]``, ascending: the tokens whose K and V each KV head keeps.
+    `Keep.NONE`: none, since a restart will keep others in their place."""
+    deeper: Tensor | Keep = Keep.ALL
+    """int64 ``[p]``, ascending, p at least k, the last token among them: the tokens
+    that go deeper; or `Keep.ALL`."""
     ratio: float | None = None
     """Rank variance relative to the first checked layer's; None: not checked."""
     restart: bool = False
-    """``propagated`` do not go deeper but run again from layer 0, as a prompt of their
-    own without the others."""
+    """``deeper`` run again from layer 0, as a prompt of their own without the others.
+    Then ``kept`` is `Keep.NONE`."""
+
+    def __post_init__(self) -> None:
+        if self.deeper is Keep.NONE:
+            raise ValueError("deeper: got Keep.NONE; allowed: tokens, or Keep.ALL.")
+        if not self.restart:
+            return
+        if self.kept is not Keep.NONE or self.deeper is Keep.ALL:
+            raise ValueError(
+                "restart: got kept tokens, or no tokens to start over with; allowed: "
+                "kept=Keep.NONE and the tokens in deeper."
+            )
 
 
 class Policy(abc.ABC):
     """Decides, layer by layer, for one prompt; not to be reused for another.
 
-    It is asked about each layer in turn while that has more than k tokens: about the
-    scores first (`score`), then what follows from them (`decide`). A layer of k tokens
-    keeps them all.
+    For each layer in turn that has more than k tokens, the prefill calls `score`,
+    refuses scores that are not finite, and calls `decide`. A layer of k tokens keeps
+    them all.
     """
 
     selects_once: ClassVar[bool] = False
@@ -81,27 +104,61 @@ class Policy(abc.ABC):
             None: `decide` is not asked, the layer keeps no tokens and sends all of
             them deeper, where a later layer restarts.
         """
-        return self._window_scores(
+        return self.attention_scores(
             window_queries, keys, scale, pool_kernel=self.config.pool_kernel
         )
 
+    def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
+        """A number of a layer's score that `decide` needs on the host; by default none.
+
+        The prefill reads it together with the check that scores are finite, so that a
+        layer makes the host wait for the device once.
+
+        Args:
+            layer: 0-based.
+            layer_score: As `decide` gets it, but not checked yet.
+
+        Returns:
+            A tensor ``[]`` on the score's device, or None.
+        """
+        return None
+
     @abc.abstractmethod
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         """Decides about a layer that was scored.
 
         Args:
             layer: 0-based.
-            layer_score: fp32 ``[M - tail]``: head scores summed over all KV heads, of
-                all tensor-parallel ranks.
-            head_scores: fp32 ``[Hkv, M - tail]`` of this rank's KV heads.
-
-        Raises:
-            SelectionError: The scores are not finite.
+            layer_score: fp32 ``[M - tail]``, finite: head scores summed over all KV
+                heads, of all tensor-parallel ranks.
+            head_scores: fp32 ``[Hkv, M - tail]``, finite, of this rank's KV heads.
+            observed: What `observe` returned for this layer.
         """
 
-    def _window_scores(
+    def best_per_head(self, head_scores: Tensor) -> Tensor:
+        """Each KV head's k tokens: its best, and the tail; int64 ``[Hkv, k]``."""
+        return best_and_tail(head_scores, self.kept_tokens, self.tail)
+
+    def best_tokens(self, layer_score: Tensor, count: int | None = None) -> Tensor:
+        """The layer's ``count`` (default: k) tokens: the best, and the tail.
+
+        Returns:
+            int64 ``[count]``, ascending.
+
+        Raises:
+            ValueError: ``count`` is not above the tail, or above the layer's tokens.
+        """
+        if count is None:
+            count = self.kept_tokens
+        return best_and_tail(layer_score, count, self.tail)
+
+    def attention_scores(
         self,
         window_queries: Tensor,
         keys: Tensor,
@@ -110,7 +167,7 @@ class Policy(abc.ABC):
         pool_kernel: int,
         row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `score`: head scores by the attention of the window, and their sum."""
+        """What `score` returns, by the attention of the window."""
         before = len(keys) - self.tail
         layer_score = torch.empty(before, dtype=torch.float32, device=keys.device)
         head_scores = window_scores(
@@ -122,30 +179,3 @@ class Policy(abc.ABC):
             layer_score=layer_score,
         )
         return head_scores, layer_score
-
-    def _read(
-        self,
-        layer: int,
-        layer_score: Tensor,
-        head_scores: Tensor,
-        value: Tensor | None = None,
-    ) -> float | None:
-        """Reads ``value`` if the scores are finite: the layer's one host sync."""
-        finite = layer_score.isfinite().all() & head_scores.isfinite().all()
-        flag = finite.double()
-        numbers = flag.reshape(1) if value is None else torch.stack([flag, value])
-        is_finite, *rest = numbers.tolist()
-        if not is_finite:
-            raise SelectionError(
-                f"layer {layer}: the attention scores are not finite; the model's "
-                "queries or keys overflow, so no tokens can be selected."
-            )
-        return float(rest[0]) if rest else None
-
-    def _kept(self, head_scores: Tensor) -> Tensor:
-        """Each KV head's k tokens: its best, and the tail."""
-        return kept_per_head(head_scores, self.kept_tokens, self.tail)
-
-    def _propagated(self, layer_score: Tensor, count: int | None = None) -> Tensor:
-        """The layer's ``count`` (default: k) tokens: the best, and the tail."""
-        return propagated_tokens(layer_score, count or self.kept_tokens, self.tail)

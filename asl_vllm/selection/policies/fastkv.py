@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.policies.base import LayerDecision, Policy
+from asl_vllm.selection.policies.base import Keep, LayerDecision, Policy
 
 _REFERENCE_LAYER = 15
 """Of Llama 3.1 8B's 32 layers, as published."""
@@ -28,15 +28,18 @@ class FastKvPolicy(Policy):
         self._layer = config.resolved_selection_layer(num_layers, _REFERENCE_LAYER)
 
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         """See `Policy.decide`."""
-        self._read(layer, layer_score, head_scores)
-        propagated = None
+        deeper: Tensor | Keep = Keep.ALL
         if layer == self._layer:
             tokens = len(layer_score) + self.tail
             share = int(self.config.propagated_share * tokens)
             count = max(self.kept_tokens, share)
             if count < tokens:
-                propagated = self._propagated(layer_score, count)
-        return LayerDecision(self._kept(head_scores), propagated)
+                deeper = self.best_tokens(layer_score, count)
+        return LayerDecision(self.best_per_head(head_scores), deeper)

@@ -1,4 +1,4 @@
-"""GemFilter: early layers choose the tokens, which then are the whole prompt."""
+"""GemFilter: early layers select the tokens, which then are the whole prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.policies.base import LayerDecision, Policy
+from asl_vllm.selection.policies.base import Keep, LayerDecision, Policy
 
 _REFERENCE_LAYER = 13
 """Of Llama 3.1 8B's 32 layers, as published."""
@@ -49,8 +49,12 @@ class GemFilterPolicy(Policy):
         return head_scores, head_scores.sum(0)
 
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         """See `Policy.decide`; asked about the filter layer only."""
-        self._read(layer, layer_score, head_scores)
-        return LayerDecision(propagated=self._propagated(layer_score), restart=True)
+        tokens = self.best_tokens(layer_score)
+        return LayerDecision(Keep.NONE, tokens, restart=True)

@@ -34,23 +34,26 @@ class PyramidInferPolicy(Policy):
         weights = torch.linspace(
             1 / _LAST_ROW_WEIGHT, 1, rows, dtype=torch.float32, device=keys.device
         )
-        return self._window_scores(
+        return self.attention_scores(
             window_queries, keys, scale, pool_kernel=1, row_weights=weights
         )
 
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
         """See `Policy.decide`; all KV heads keep the same tokens."""
-        self._read(layer, layer_score, head_scores)
         ranked = layer_score.clone()
         ranked[:_SINKS] = torch.finfo(ranked.dtype).max
-        kept = self._propagated(ranked).repeat(len(head_scores), 1)
+        kept = self.best_tokens(ranked).repeat(len(head_scores), 1)
         context = len(ranked)
         count = max(self.kept_tokens - self.tail, int(context * self._share(layer)))
         if count == context:
             return LayerDecision(kept)
-        return LayerDecision(kept, self._propagated(ranked, count + self.tail))
+        return LayerDecision(kept, self.best_tokens(ranked, count + self.tail))
 
     def _share(self, layer: int) -> float:
         decay = self.config.decay_ratio

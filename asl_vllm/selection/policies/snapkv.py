@@ -11,8 +11,11 @@ class SnapKvPolicy(Policy):
     """Never selects: prunes the cache, saves no prefill (arXiv 2404.14469)."""
 
     def decide(
-        self, layer: int, layer_score: Tensor, head_scores: Tensor
+        self,
+        layer: int,
+        layer_score: Tensor,
+        head_scores: Tensor,
+        observed: float | None,
     ) -> LayerDecision:
-        """See `Policy.decide`; ``propagated`` and ``ratio`` are always None."""
-        self._read(layer, layer_score, head_scores)
-        return LayerDecision(self._kept(head_scores))
+        """See `Policy.decide`."""
+        return LayerDecision(self.best_per_head(head_scores))

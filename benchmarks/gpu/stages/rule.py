@@ -68,8 +68,8 @@ def recording(layers: list[list[Any]]) -> type:
             layers[-1].append(own)
             return found
 
-        def decide(self, layer: int, layer_score: Any, head_scores: Any) -> Any:
-            decision = super().decide(layer, layer_score, head_scores)
+        def decide(self, layer: int, *scores: Any) -> Any:
+            decision = super().decide(layer, *scores)
             layers[-1][-1].append(decision)
             return decision
 

@@ -1,0 +1,32 @@
+"""Builds and installs the package that docs/policies.md shows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+GUIDE = Path(__file__).parents[1] / "docs" / "policies.md"
+
+
+def shown(language: str) -> str:
+    """The guide's one block of code in a language."""
+    (code,) = re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(), flags=re.S)
+    return code
+
+
+def install(folder: Path) -> Path:
+    """Installs the guide's package below ``folder``, from nothing but its two files.
+
+    Returns:
+        The folder to put on ``PYTHONPATH``.
+    """
+    source, target = folder / "source", folder / "installed"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(shown("toml"))
+    (source / "newest_policy.py").write_text(shown("python"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index"]
+    command += ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*command, str(source)], check=True)
+    return target
