@@ -50,7 +50,9 @@ def test_version_has_one_source(project, built):
     assert built.metadata.version == asl_vllm.__version__
     assert importlib.metadata.version("asl_vllm") == asl_vllm.__version__
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(r"^## \[(.+?)\]", changelog, re.M)[1] == asl_vllm.__version__
+    unreleased, newest, *_ = re.findall(r"^## \[(.+?)\]", changelog, re.M)
+    assert unreleased == "Unreleased"
+    assert newest == asl_vllm.__version__
 
 
 def test_entry_point_is_declared_and_installed():
