@@ -48,7 +48,7 @@ class Bench:
         With `share` there is one engine for all of ``policies``.
         """
         # Here, so that experiments can be listed without torch.
-        from benchmarks.random_model import write_random_model
+        from asl_vllm_testing.random_model import write_random_model
 
         block_size = options.pop("block_size", 32)
         # One block is vLLM's null block.

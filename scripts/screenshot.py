@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/screenshot.py [--url http://localhost:8000] [--out DIR]
 
-Without ``--url`` the page is served with the canned answers of the tests, so that the
+Without ``--url`` the page is served with the tests' canned answers, so that the
 pictures are the same on every machine; with it, a running server is pictured.
 """
 
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "server"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT / name) for name in ("server", "testing", "scripts")]
 
 import browser as finder  # noqa: E402
 from playwright.sync_api import Browser, sync_playwright  # noqa: E402
 
-from tests.server.canned import Canned, serving  # noqa: E402
+from asl_vllm_testing.canned import Canned, serving  # noqa: E402
 
 PROMPT = "the sky is blue . the red key is 7 3 9 1 . the sun is yellow . the red key is"
 MOST_WAITING_MS = 120_000  # for a real server's answers

@@ -30,6 +30,7 @@ VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "asl-setup.json"
 ALIAS = ROOT / "packaging" / "vllm_alias"
+TESTING = ROOT / "testing"
 
 PYTHON_VERSIONS = ((3, 11), (3, 12), (3, 13))
 
@@ -108,7 +109,7 @@ def step(number: int, of: int, what: str) -> None:
 def install_gpu() -> None:
     """VLLM's ordinary build, as pyproject.toml says."""
     step(1, 2, "vllm 0.32, torch for CUDA, this project and its tools")
-    pip_install("--editable", ".[gpu,dev]")
+    pip_install("--editable", ".[gpu,dev]", "--editable", str(TESTING))
 
     step(2, 2, "bytecode")
     compile_packages()
@@ -146,7 +147,8 @@ def install_cpu() -> None:
         pip_install("--no-deps", "--no-build-isolation", str(source))
 
     step(4, 5, "this project, editable, and its tools")
-    pip_install("--no-build-isolation", "--editable", ".[dev]")
+    editable = ("--editable", ".[dev]", "--editable", str(TESTING))
+    pip_install("--no-build-isolation", *editable)
 
     step(5, 5, "bytecode")
     compile_packages()
@@ -228,7 +230,8 @@ def find_python() -> str:
 def fingerprint() -> str:
     """Hash of what the environment is made from."""
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", ALIAS / "pyproject.toml", Path(__file__)):
+    projects = [folder / "pyproject.toml" for folder in (ROOT, ALIAS, TESTING)]
+    for path in (*projects, Path(__file__)):
         digest.update(path.read_bytes())
     # An editable install knows the top-level packages that there were.
     packages = sorted(p.parent.name for p in ROOT.glob("*/asl_*/__init__.py"))

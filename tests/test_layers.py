@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {
-    "asl_vllm": ROOT,
-    "asl_kernels": ROOT / "kernels",
-    "asl_server": ROOT / "server",
-}
+from asl_vllm_testing import ROOT
+from asl_vllm_testing.imports import FOLDERS, MODULES, imports_of
+
 # Low to high; a package may import those before it, never those after it. The
 # modules of asl_vllm itself (config, _version) lie below selection, for all to use.
 LEVELS = (
@@ -32,36 +29,6 @@ ROOMS = ("frontend", "scheduler", "worker")
 # Modules that join rooms, because vLLM makes the pair.
 JOINTS = {"asl_vllm.engine.connector", "asl_vllm.engine.kv_spec"}
 VLLM_USERS = {"asl_vllm.engine", "asl_vllm.plugin", "asl_server"}
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for package, folder in FOLDERS.items():
-        for path in sorted((folder / package).rglob("*.py")):
-            parts = path.relative_to(folder).with_suffix("").parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found[name] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Every module that the source imports anywhere, in functions too."""
-    package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = package.split(".")
-                above = parts[: len(parts) - node.level + 1]
-                base = ".".join([*above, base] if base else above)
-            # A name may be a module: `from asl_vllm import engine`.
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def imported(module: str) -> set[str]:
@@ -174,3 +141,39 @@ def test_importing_does_not_load_vllm() -> None:
     subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], check=True
     )
+
+
+USERS = ("benchmarks", "scripts", "testing", "tests", "training")
+
+
+def files(*folders: str) -> Iterator[tuple[str, set[str]]]:
+    """Each Python file below the folders, and all that it imports."""
+    for path in (path for name in folders for path in (ROOT / name).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        text = path.read_text(encoding="utf-8")
+        yield name, set(imports_of(text, name, is_package=path.name == "__init__.py"))
+
+
+def test_only_tests_import_tests_and_no_test_module_is_imported() -> None:
+    """What several need is in asl_vllm_testing, or in a module that is no test."""
+    products = [(module, imported(module)) for module in MODULES]
+    found = [
+        (name, one)
+        for name, imports in [*products, *files(*USERS)]
+        for one in imports
+        if within(one, "tests")
+    ]
+    assert ("tests.accuracy.test_digest", "tests.accuracy.records") in found
+    assert [pair for pair in found if not within(pair[0], "tests")] == []
+    test_module = re.compile(r"tests\.([a-z0-9_]+\.)*test_")
+    assert [pair for pair in found if test_module.match(pair[1])] == []
+
+
+def test_the_oracle_imports_nothing_of_what_it_checks() -> None:
+    """So that a fault cannot hide in both sides of a comparison."""
+    ours = {*FOLDERS, "vllm"}
+    package = "testing.asl_vllm_testing"
+    checked = dict(files("testing"))
+    for name in (n for n in checked if within(n, f"{package}.oracle")):
+        seen = {one.partition(".")[0] for one in checked[name]}
+        assert not seen & ours, f"{name} imports {sorted(seen & ours)}"

@@ -61,6 +61,7 @@ def test_entry_point_is_declared_and_installed():
 
 
 def test_the_three_packages_are_found_and_nothing_else(built):
+    """So none of tests, benchmarks or asl_vllm_testing is in a wheel."""
     top_level = {package.partition(".")[0] for package in built.packages}
     assert top_level == {"asl_vllm", "asl_kernels", "asl_server"}
 

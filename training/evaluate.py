@@ -1,6 +1,6 @@
 """Exact match of models by task and length: ``python -m training.evaluate MODEL...``.
 
-Prompts are those of the tests (tests/oracle/tasks.py), and for hops those of
+Prompts are those of the tests (asl_vllm_testing.oracle.tasks), and for hops those of
 training/tasks.py, from a seed on; training never uses them. An answer counts if each
 of its tokens is the most probable one after the right ones before it, which is to say
 if greedy decoding gives it.
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.oracle.tasks import key_value, needle
+from asl_vllm_testing.oracle.tasks import key_value, needle
 from training.tasks import hops_prompt
 
 LENGTHS = (256, 512, 1024, 2048, 4096)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asl_vllm.prefill import LayerTap, ModelShape
-from tests.oracle.model import LayerOutput, TinyDecoder
+from asl_vllm_testing.oracle.model import LayerOutput, TinyDecoder
 
 Cache = list[tuple[Tensor, Tensor]]
 """Of each layer the keys and values, each [entries, Hkv, D]."""
@@ -25,7 +25,7 @@ class FusedDecoder(TinyDecoder):
     """The oracle's decoder with PyTorch's attention, which is some times faster."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of the last M of T tokens: see `tests.oracle.model`."""
+        """Causal attention of the last M of T tokens: see `TinyDecoder`."""
         group = q.shape[1] // k.shape[1]
         rows, total = len(q), len(k)
         seen = None

@@ -1,8 +1,8 @@
 """What the shipped model answers on a CPU, in fp32.
 
 ``python -m benchmarks.gpu.expected`` writes `expected.json` from the plain PyTorch of
-tests/oracle, without vLLM and without asl_vllm: the answers to a few prompts with and
-without a budget, and what was selected.
+`asl_vllm_testing.oracle`, without vLLM and without asl_vllm: the answers to a few
+prompts with and without a budget, and what was selected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUESTIONS = (
     ("needle", 5, 1999),
     ("key_value", 6, 1500),
 )
-"""Task, seed and length in tokens of each prompt (tests/oracle/tasks.py)."""
+"""Task, seed and length in tokens of each prompt (asl_vllm_testing.oracle.tasks)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Expected:
 
 def prompts() -> list[tuple[list[int], list[int]]]:
     """Token ids of each prompt and of its right answer."""
-    from tests.oracle.tasks import TASKS
+    from asl_vllm_testing.oracle.tasks import TASKS
 
     made = [TASKS[task](seed, length) for task, seed, length in QUESTIONS]
     return [(prompt.token_ids, prompt.answer_ids) for prompt in made]
@@ -69,8 +69,8 @@ def load() -> list[Expected]:
 def compute() -> list[dict[str, Any]]:
     """What belongs into the file."""
     from asl_vllm.selection.budget import resolve_kept
-    from tests.oracle.asl import generate
-    from tests.oracle.model import TinyDecoder
+    from asl_vllm_testing.oracle.asl import generate
+    from asl_vllm_testing.oracle.model import TinyDecoder
 
     model = TinyDecoder.load(MODEL)
     entries = []

@@ -39,7 +39,8 @@ def environment(work: Path, bundle: Path | None) -> dict[str, str]:
         FileNotFoundError: ``bundle`` is none.
         subprocess.CalledProcessError: unpacking failed; its output is on the terminal.
     """
-    paths = [ROOT, ROOT / "kernels", ROOT / "server", write_metadata(work / "plugin")]
+    folders = ("kernels", "server", "testing")
+    paths = [ROOT, *(ROOT / name for name in folders), write_metadata(work / "plugin")]
     given = dict(COMMON)
     if bundle is not None:
         unpacked = unpack(bundle, work / "vllm")

@@ -8,6 +8,6 @@ bundle=$1 results=$2
 shift 2
 work=${WORK:-/tmp/asl_gpu}
 root=$(cd "$(dirname "$0")/../.." && pwd)
-PYTHONPATH="$root:$root/kernels:$root/server${PYTHONPATH:+:$PYTHONPATH}" \
+PYTHONPATH="$root:$root/kernels:$root/server:$root/testing${PYTHONPATH:+:$PYTHONPATH}" \
   exec "${PYTHON:-python3}" -m benchmarks.gpu --bundle "$bundle" --work "$work" \
   --output "$work/results" --pack "$results" "$@"

@@ -13,8 +13,8 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-TINY_MODEL = Path(__file__).parents[1] / "models" / "tiny_retriever"
-SHIPPED_MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
+from asl_vllm_testing import TINY_MODEL
+
 BLOCK = 32
 POOL_TOKENS = 16384
 

@@ -1,9 +1,9 @@
 """Model runner V2 on a CPU: its Triton kernels run in Triton's interpreter.
 
-Run as a process of its own, ``python -m tests.e2e.interpreted_v2``, since vLLM asks
-once whether there is Triton for the device. Prints a JSON list of [tokens, report]:
-a prompt without a budget, then three in one batch for each of the modes of shallow
-layers.
+Run as a process of its own, ``python -m asl_vllm_testing.interpreted_v2``, since vLLM
+asks once whether there is Triton for the device. Prints a JSON list of [tokens,
+report]: a prompt without a budget, then three in one batch for each of the modes of
+shallow layers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ triton.backends.backends["cpu"] = types.SimpleNamespace(  # type: ignore[assignm
     driver=types.SimpleNamespace(is_active=lambda: True)
 )
 
-from tests.e2e.harness import add, assert_pool_whole, engine, run_to_end  # noqa: E402
-from tests.oracle.tasks import key_value, needle  # noqa: E402
+from asl_vllm_testing.harness import add, assert_pool_whole, engine, run_to_end  # noqa: E402
+from asl_vllm_testing.oracle.tasks import key_value, needle  # noqa: E402
 
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 BANDS = 5

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from asl_vllm.prefill import PrefillJob
-from tests.e2e.harness import Engine
+from asl_vllm_testing.harness import Engine
 
 HUGE = 1e4
 """Far beyond any key or value of the small models, and its products are finite."""

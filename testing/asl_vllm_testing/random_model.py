@@ -21,6 +21,17 @@ LOGIT_STD = 3.0
 BRANCH = 0.35  # size of an attention or MLP branch beside the embedding's
 
 
+RANDOM_SHAPE = {
+    "layers": 8,
+    "hidden": 96,
+    "heads": 6,
+    "kv_heads": 2,
+    "head_dim": 32,
+    "intermediate": 160,
+}
+"""GQA, 8 layers, ranks that settle halfway."""
+
+
 def write_random_model(
     directory: str | Path,
     *,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from asl_vllm_testing import ROOT
+
+SCRIPTS = ROOT / "scripts"
 
 
 def load(name: str) -> ModuleType:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from tests.e2e.harness import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL
 
 MODEL_NAME = "tiny"
 VLLM_SERVE = ("vllm.entrypoints.cli.main", "serve")

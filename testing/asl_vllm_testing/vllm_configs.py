@@ -17,8 +17,7 @@ from vllm.model_executor.models import registry
 
 from asl_vllm import plugin
 from asl_vllm.engine.frontend import request
-
-TINY_MODEL = Path(__file__).parent / "models" / "tiny_retriever"
+from asl_vllm_testing import TINY_MODEL
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 240,

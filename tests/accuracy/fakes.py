@@ -8,14 +8,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.tasks import Sample
 from benchmarks.accuracy.tasks.words import VOCABULARY
-
-TINY_MODEL = Path(__file__).parents[1] / "models" / "tiny_retriever"
 
 
 class PieceTokenizer:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.accuracy import digest
 from benchmarks.accuracy.summary import summary
-from tests.accuracy.test_report import RECORDS, record
+from tests.accuracy.records import RECORDS, record
 
 ROOT = Path(__file__).parents[2]
 STUDY = [

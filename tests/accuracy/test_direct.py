@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.oracle import asl, published
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import key_value
 from benchmarks.accuracy.__main__ import main, replies_path
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.tokens import HubTokenizer
-from tests.oracle import asl, published
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import key_value
 
-MODEL = str(Path(__file__).parents[1] / "models" / "tiny_retriever")
+MODEL = str(TINY_MODEL)
 WINDOW, POOL, KEPT, LENGTH = 8, 7, 72, 296
 RULE = {"window": WINDOW, "pool_kernel": POOL, "l_min": 4, "l_obs": 2, "tau": 0.9}
 

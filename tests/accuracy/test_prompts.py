@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.controls import CONTROLS, shortened
 from benchmarks.accuracy.prompts import PromptMaker
 from benchmarks.accuracy.tasks import GROUPS, TASKS, Sample
 from benchmarks.accuracy.tokens import HubTokenizer
-from tests.accuracy.fakes import TINY_MODEL, PieceTokenizer, WordTokenizer
+from tests.accuracy.fakes import PieceTokenizer, WordTokenizer
 
 SMALL = GROUPS["small"]
 ENGLISH = [name for name in TASKS if name not in SMALL]

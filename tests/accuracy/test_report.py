@@ -10,6 +10,7 @@ import pytest
 from benchmarks.accuracy import report
 from benchmarks.accuracy.run import token_layers
 from benchmarks.accuracy.summary import summary, wilson
+from tests.accuracy.records import RECORDS, record
 
 RUN = {"model": "tiny", "split": "test", "seed": 0}
 
@@ -32,38 +33,6 @@ def test_wilson(right: int, n: int, low: float, high: float) -> None:
 def test_an_interval_needs_a_number() -> None:
     with pytest.raises(ValueError, match="got 0"):
         wilson(0.0, 0)
-
-
-def record(policy: str, budget: int | None, index: int, **changes: Any) -> Any:
-    return {
-        "task": "needle",
-        "length": 512,
-        "index": index,
-        "policy": policy,
-        "budget": budget,
-        "score": 1.0,
-        "prompt_tokens": 500,
-        "kept_tokens": budget or 500,
-        "selection_layer": None,
-        "token_layers": 5000,
-        "num_layers": 10,
-        **changes,
-    }
-
-
-RECORDS = [
-    record("fastkv@10", 64, 0, selection_layer=10),
-    record("fastkv@3", 64, 0, selection_layer=3),
-    *(
-        record("asl", 64, i, selection_layer=layer, score=score, token_layers=work)
-        for i, (layer, score, work) in enumerate(
-            [(4, 1.0, 2000), (6, 0.5, 3000), (4, 0.0, 2000), (None, 1.0, 5000)]
-        )
-    ),
-    record("random", 64, 0, token_layers=640, score=0.0),
-    record("full", None, 0),
-    record("full", None, 0, task="key_value"),
-]
 
 
 def test_rows() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.prompts import PromptMaker
@@ -23,7 +24,7 @@ from benchmarks.accuracy.settings import (
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
-MODEL = str(Path(__file__).parents[1] / "models" / "tiny_retriever")
+MODEL = str(TINY_MODEL)
 LENGTH, BUDGET = 300, 75
 PLACES = [("needle", 0), ("needle", 1), ("key_value", 0), ("key_value", 1)]
 

@@ -8,16 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
 from vllm.v1 import kv_cache_spec_registry
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_capacity,
     get_kv_cache_config_from_groups,
     get_kv_cache_groups,
-    get_request_block_hasher,
-    init_none_hash,
 )
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -27,25 +22,27 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
     KVCacheSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
 
 from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands, prunable
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.prefill import Bands
+from asl_vllm_testing.block_manager import (
+    BLOCK,
+    PRUNED,
+    SIZES,
+    STOCK,
+    manager,
+    pruned_blocks,
+    request,
+)
+from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import in_order, parameters, source
-from tests.vllm_configs import engine_config
 
-BLOCK = 16
-SIZES = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 32}
-STOCK = FullAttentionSpec(**SIZES, dtype=torch.float32)
-PRUNED = prunable(STOCK)
 SKIPPING = (
     "get_num_blocks_to_allocate",
     "add_local_computed_blocks",
@@ -53,38 +50,6 @@ SKIPPING = (
     "remove_skipped_blocks",
 )
 """Methods whose answer depends on the leading blocks that a request lacks."""
-
-
-def manager(enable_caching: bool = True, blocks: int = 20) -> KVCacheManager:
-    config = KVCacheConfig(
-        num_blocks=blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], PRUNED)],
-    )
-    return KVCacheManager(
-        config,
-        max_model_len=1024,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-        enable_caching=enable_caching,
-    )
-
-
-def request(name: str, tokens: int, *, hashed: bool = True) -> Request:
-    init_none_hash(sha256)
-    return Request(
-        request_id=name,
-        prompt_token_ids=list(range(tokens)),
-        sampling_params=SamplingParams(max_tokens=8),
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256) if hashed else None,
-    )
-
-
-def pruned_blocks(host: KVCacheManager) -> PrunedBlocksManager:
-    (only,) = host.coordinator.single_type_managers
-    assert isinstance(only, PrunedBlocksManager)
-    return only
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from vllm.v1.utils import APIServerProcessManager
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.frontend.launch import connector_config
 from asl_vllm.engine.patching import original_of
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import in_order, parameters, source
-from tests.vllm_configs import TINY_MODEL, engine_config
 
 
 def test_add_cli_args_is_static_and_takes_the_parser() -> None:

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from asl_kernels.window_scores import window_scores, window_scores_paged
-from tests.kernels.key_caches import LAYOUTS, fill, key_cache, kv_cache
+from asl_vllm_testing.key_caches import LAYOUTS, fill, key_cache, kv_cache
 
 BLOCKS, KV_HEADS, BLOCK_SIZE, DIM, LAYERS = 7, 2, 16, 48, 3
 # The module of a backend, and the function there that writes to its cache.

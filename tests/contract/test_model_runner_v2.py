@@ -19,8 +19,7 @@ from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.messages import StepOrders
 from asl_vllm.engine.worker.attention import ViewMixin
 from asl_vllm.prefill import PrefillJob, PrefillOutcome, PrefillProgress
-from tests.contract.looking import in_order, source
-from tests.contract.test_scheduler import (
+from asl_vllm_testing.scheduler_host import (
     BLOCK,
     FREED,
     FULL,
@@ -29,7 +28,8 @@ from tests.contract.test_scheduler import (
     make_host,
     report_of,
 )
-from tests.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import engine_config
+from tests.contract.looking import in_order, source
 
 JOB = PrefillJob("a", "asl", [1, 2, 3], 0, [5, 6])
 

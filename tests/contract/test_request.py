@@ -29,8 +29,8 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from asl_vllm.engine.frontend.fields import FIELDS
 from asl_vllm.engine.patching import original_of
+from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import in_order, parameters, source
-from tests.vllm_configs import engine_config
 
 MODELS: dict[type, dict[str, Any]] = {
     CompletionRequest: {"prompt": "x"},

@@ -46,8 +46,8 @@ from asl_vllm.engine.messages import STATE_METHOD
 from asl_vllm.engine.patching import original_of
 from asl_vllm.engine.scheduler import state
 from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
+from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import in_order, parameters, source
-from tests.vllm_configs import engine_config
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,8 @@ def test_a_whole_wheel_is_built_from_what_is_copied(tmp_path) -> None:
                 name = path.relative_to((ROOT / folder).parent).as_posix()
                 assert name in inside
     assert any(name.endswith("entry_points.txt") for name in inside)
+    packages = {name.partition("/")[0] for name in inside if ".dist-info/" not in name}
+    assert packages == {"asl_vllm", "asl_kernels", "asl_server"}
 
 
 # --- Compose ---

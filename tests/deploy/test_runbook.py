@@ -12,7 +12,7 @@ import torch
 
 from asl_vllm.config import POLICY_NAMES
 from asl_vllm.prefill import ModelShape, PrefillBuffers
-from tests import scripts
+from asl_vllm_testing import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()

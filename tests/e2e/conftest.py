@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.random_model import write_random_model
-from tests.e2e import harness
-from tests.e2e.server import Server, serve
-from tests.e2e.settings import SERVER_OPTIONS
-
-RANDOM_SHAPE = {
-    "layers": 8,
-    "hidden": 96,
-    "heads": 6,
-    "kv_heads": 2,
-    "head_dim": 32,
-    "intermediate": 160,
-}
+from asl_vllm_testing import harness
+from asl_vllm_testing.random_model import RANDOM_SHAPE, write_random_model
+from asl_vllm_testing.server import Server, serve
+from asl_vllm_testing.settings import SERVER_OPTIONS
 
 
 @pytest.fixture(scope="session")

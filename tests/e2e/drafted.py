@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.e2e.harness import add, assert_pool_whole, drain, engine, step
-from tests.oracle.tasks import needle
+from asl_vllm_testing.harness import add, assert_pool_whole, drain, engine, step
+from asl_vllm_testing.oracle.tasks import needle
 
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 NGRAM = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.harness import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL
 
 _EIGHT_BITS = {"num_bits": 8, "type": "int", "symmetric": True}
 

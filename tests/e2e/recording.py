@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from asl_vllm.selection.policies import POLICIES, LayerDecision
-from tests.e2e.harness import Engine
+from asl_vllm_testing.harness import Engine
 
 
 class Decisions:

@@ -10,9 +10,9 @@ import pytest
 
 from asl_vllm.prefill import Bands
 from asl_vllm.selection.budget import resolve_kept
-from tests.e2e.harness import (
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.harness import (
     BLOCK,
-    TINY_MODEL,
     Engine,
     add,
     assert_pool_whole,
@@ -21,9 +21,9 @@ from tests.e2e.harness import (
     run_to_end,
     step,
 )
-from tests.oracle.asl import OracleResult, generate
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import key_value, needle
+from asl_vllm_testing.oracle.asl import OracleResult, generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import key_value, needle
 
 LAYERS, BANDS = 10, 5
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}

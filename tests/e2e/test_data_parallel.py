@@ -12,10 +12,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from asl_vllm.selection.budget import resolve_kept
-from tests.e2e.harness import BLOCK, TINY_MODEL
-from tests.oracle.asl import generate
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import needle
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.harness import BLOCK
+from asl_vllm_testing.oracle.asl import generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import needle
 
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 BUDGET = 128

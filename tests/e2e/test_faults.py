@@ -16,8 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.e2e.server import MODEL_NAME, Server, serve
-from tests.oracle.tasks import Prompt, needle
+from asl_vllm_testing.oracle.tasks import Prompt, needle
+from asl_vllm_testing.server import MODEL_NAME, Server, serve
 
 API_KEY = "sk-a-secret-that-no-log-may-show"
 CONFIG = {"window": 8, "selection_layer": 4, "check_integrity": True}

@@ -16,17 +16,11 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from asl_vllm.prefill.hidden import HostHidden
 from asl_vllm.selection.budget import resolve_kept
-from tests.e2e.harness import (
-    BLOCK,
-    TINY_MODEL,
-    Engine,
-    assert_pool_whole,
-    drain,
-    engine,
-)
-from tests.oracle.asl import OracleResult, generate
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import VOCABULARY, Prompt, key_value, needle
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.harness import BLOCK, Engine, assert_pool_whole, drain, engine
+from asl_vllm_testing.oracle.asl import OracleResult, generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import VOCABULARY, Prompt, key_value, needle
 
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 BUDGET = 128

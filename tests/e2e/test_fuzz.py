@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.server import Server
+from asl_vllm_testing.server import Server
 from tests.fuzzing.bodies import mutated, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 from tests.fuzzing.stock import is_stock

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests import policy_package
-from tests.e2e.server import serve
+from asl_vllm_testing import policy_package
+from asl_vllm_testing.server import serve
 
 PROMPT = list(range(4, 504))
 

@@ -13,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError
 from asl_vllm.selection.policies import Keep
-from tests.e2e.harness import (
+from asl_vllm_testing.harness import (
     BLOCK,
     Engine,
     Running,
@@ -25,7 +25,7 @@ from tests.e2e.harness import (
     run_to_end,
     step,
 )
-from tests.e2e.poison import (
+from asl_vllm_testing.poison import (
     HUGE,
     poison_unowned,
     poisoned_prefills,

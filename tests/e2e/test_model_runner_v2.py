@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from asl_vllm.selection.budget import resolve_kept
-from tests.e2e.harness import BLOCK, TINY_MODEL
-from tests.oracle.asl import generate
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import key_value, needle
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.harness import BLOCK
+from asl_vllm_testing.oracle.asl import generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import key_value, needle
 
 # As in tests/e2e/interpreted_v2.py, which is not to be imported here.
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
@@ -24,7 +25,7 @@ PROMPTS = [
 
 def test_answers_equal_the_oracles_with_and_without_full_shallow_layers() -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.interpreted_v2"],
+        [sys.executable, "-m", "asl_vllm_testing.interpreted_v2"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
-from tests.e2e.harness import (
+from asl_vllm_testing.harness import (
     BLOCK,
     Engine,
     Running,

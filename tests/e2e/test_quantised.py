@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.harness import assert_pool_whole, drain, engine
+from asl_vllm_testing.harness import assert_pool_whole, drain, engine
+from asl_vllm_testing.oracle.tasks import needle
 from tests.e2e.quantised import write_int8_model
-from tests.oracle.tasks import needle
 
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 BUDGET = 128

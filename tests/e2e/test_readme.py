@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import Server, serve_command
 from tests.e2e.documents import assert_within, run_shell, shell_examples
-from tests.e2e.server import Server, serve_command
-from tests.oracle.tasks import needle
 
 REPOSITORY = Path(__file__).parents[2]
 README, API_DOCUMENT = REPOSITORY / "README.md", REPOSITORY / "docs" / "api.md"

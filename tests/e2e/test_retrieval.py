@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from asl_vllm.selection.policies import POLICIES, LayerDecision
+from asl_vllm_testing import SHIPPED_MODEL
+from asl_vllm_testing.harness import BLOCK, Engine, engine
+from asl_vllm_testing.oracle.tasks import Prompt, key_value, needle
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
-from tests.e2e.harness import BLOCK, SHIPPED_MODEL, Engine, engine
-from tests.oracle.tasks import Prompt, key_value, needle
 
 NUM_TOKENS, BUDGET, COUNT = 2048, 96, 10
 POLICY: dict[str, Any] = {"policy": "asl", "window": 8}

@@ -15,11 +15,11 @@ from asl_vllm.config import POLICY_NAMES
 from asl_vllm.prefill import PrefillBuffers
 from asl_vllm.selection.budget import resolve_kept
 from asl_vllm.selection.policies import Keep
-from tests.e2e.harness import BLOCK, Engine, engine, random_prompt
+from asl_vllm_testing.harness import BLOCK, Engine, engine, random_prompt
+from asl_vllm_testing.oracle import published
+from asl_vllm_testing.oracle.asl import OracleResult, generate
+from asl_vllm_testing.oracle.model import TinyDecoder
 from tests.e2e.recording import record
-from tests.oracle import published
-from tests.oracle.asl import OracleResult, generate
-from tests.oracle.model import TinyDecoder
 
 WINDOW, L_MIN, L_OBS, TAU = 16, 2, 3, 0.6
 MAX_TOKENS = 12

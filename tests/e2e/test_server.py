@@ -10,9 +10,9 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.server import MODEL_NAME, Server, serve
-from tests.e2e.settings import POOL_TOKENS
-from tests.oracle.tasks import needle
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import MODEL_NAME, Server, serve
+from asl_vllm_testing.settings import POOL_TOKENS
 
 BAD = [0, -1, 1.5, True, "x", [1], {"tokens": 64}, 1, 39, 64.0, "NaN"]
 QUESTION = needle(7, 600)

@@ -13,10 +13,10 @@ import pytest
 
 from asl_vllm import __version__
 from asl_vllm.config import POLICY_NAMES
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import MODEL_NAME, Server
+from asl_vllm_testing.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
 from tests.e2e.prometheus import scrape, settle, since
-from tests.e2e.server import MODEL_NAME, Server
-from tests.e2e.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
-from tests.oracle.tasks import needle
 
 QUESTION = needle(7, 600)
 OTHER = needle(9, 300)

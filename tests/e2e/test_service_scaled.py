@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import ASL_SERVER, Server, serve
+from asl_vllm_testing.settings import LAYERS, SERVER_OPTIONS
 from tests.e2e.certificate import write_certificate
 from tests.e2e.prometheus import scrape, settle, since
-from tests.e2e.server import ASL_SERVER, Server, serve
-from tests.e2e.settings import LAYERS, SERVER_OPTIONS
-from tests.oracle.tasks import needle
 
 KEY = "secret"
 PATHS = ["/v1/kv/policies", "/v1/kv/stats", "/v1/models"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Engine, engine
+from asl_vllm_testing.harness import Engine, engine
 from tests.soak.load import ENGINE, FAULTS, Item, Report, Soak, catalogue
 
 SECONDS = 15

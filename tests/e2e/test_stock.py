@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import TINY_MODEL, Engine, engine
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.harness import Engine, engine
 
 
 def prompts(vocab: int) -> list[list[int]]:

@@ -15,9 +15,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from asl_vllm.config import POLICY_NAMES
-from tests.e2e.harness import BLOCK, Engine, engine
-from tests.oracle.asl import generate
-from tests.oracle.model import TinyDecoder
+from asl_vllm_testing.harness import BLOCK, Engine, engine
+from asl_vllm_testing.oracle.asl import generate
+from asl_vllm_testing.oracle.model import TinyDecoder
 
 OTHERS = [name for name in POLICY_NAMES if name not in ("none", "asl")]
 RULE = {"window": 16, "pool_kernel": 7, "l_min": 2, "l_obs": 3, "tau": 0.6}

@@ -18,7 +18,7 @@ from asl_vllm.engine.frontend.admission import (
     usable_blocks,
 )
 from asl_vllm.engine.settings import config_of
-from tests.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import engine_config
 
 BLOCK = 32
 POOL = 10

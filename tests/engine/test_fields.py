@@ -14,7 +14,7 @@ from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES, AslConfig
 from asl_vllm.engine.frontend import request
 from asl_vllm.engine.frontend.admission import check_fields
 from asl_vllm.engine.frontend.fields import FIELDS, given_fields
-from tests.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import engine_config
 
 CONFIG = AslConfig(policy="asl", bands=2)
 BLOCK = 16

@@ -11,9 +11,9 @@ import pytest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError, check_integrity
-from tests.contract.test_blocks import BLOCK, manager, pruned_blocks, request
-from tests.contract.test_scheduler import BLOCK as SCHEDULER_BLOCK
-from tests.contract.test_scheduler import Host, make_host
+from asl_vllm_testing.block_manager import BLOCK, manager, pruned_blocks, request
+from asl_vllm_testing.scheduler_host import BLOCK as SCHEDULER_BLOCK
+from asl_vllm_testing.scheduler_host import Host, make_host
 
 POOL = 20
 

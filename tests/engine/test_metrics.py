@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats, PruningTally
 from asl_vllm.prefill import PrefillReport
-from tests.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import engine_config
 
 SELECTED = PrefillReport(3, 100, 64, 700, 300, 0.5)
 NOT_SELECTED = PrefillReport(None, 60, 32, 920, 0, 0.25)

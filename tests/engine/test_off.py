@@ -15,7 +15,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from asl_vllm import plugin
 from asl_vllm.engine.frontend import launch
 from asl_vllm.engine.worker import attention
-from tests.vllm_configs import TINY_MODEL, engine_args, engine_config
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.vllm_configs import engine_args, engine_config
 
 OFF = [None, {}, {"policy": "none"}, {"policy": "none", "window": 8}]
 

@@ -17,9 +17,9 @@ from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
 from asl_vllm.engine import compat
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES, UnsupportedError
 from asl_vllm.engine.frontend import launch
-from tests.vllm_configs import (
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.vllm_configs import (
     LLAMA_SIZES,
-    TINY_MODEL,
     engine_args,
     engine_config,
     model_dir,

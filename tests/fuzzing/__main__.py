@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.server import serve
-from tests.e2e.settings import SERVER_OPTIONS
+from asl_vllm_testing.server import serve
+from asl_vllm_testing.settings import SERVER_OPTIONS
 from tests.fuzzing.bodies import OURS, Case, mutated, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 

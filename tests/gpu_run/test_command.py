@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from asl_vllm.selection.budget import resolve_kept
+from asl_vllm_testing.oracle.asl import generate
+from asl_vllm_testing.oracle.model import TinyDecoder
 from benchmarks.gpu.child import run_stage
 from benchmarks.gpu.expected import BLOCK, BUDGET, FILE, MODEL, QUESTIONS, RULE, load
 from benchmarks.gpu.machine import slug
@@ -20,8 +22,6 @@ from benchmarks.gpu.prepare import ROOT, environment, write_metadata
 from benchmarks.gpu.stage import Host
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.stages.engines import WAYS, near
-from tests.oracle.asl import generate
-from tests.oracle.model import TinyDecoder
 
 
 def command(*options: str) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ from asl_kernels.block_table_view import block_table_view
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
 from asl_kernels.window_scores import window_scores, window_scores_paged
-from tests.prefill.toy import job, run
-from tests.test_layers import MODULES, imports_of
+from asl_vllm_testing.imports import MODULES, imports_of
+from asl_vllm_testing.toy import job, run
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 IMPLEMENTATIONS = ("reference", "triton")

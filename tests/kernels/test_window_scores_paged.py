@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from asl_kernels.window_scores import window_scores, window_scores_paged
-from tests.kernels.key_caches import LAYOUTS, fill, key_cache, kv_cache
-from tests.kernels.test_window_scores import TOLERANCES, error, naive, row_lse
+from asl_vllm_testing.key_caches import LAYOUTS, fill, key_cache, kv_cache
+from asl_vllm_testing.window_scores import TOLERANCES, error, naive, row_lse
 
 WINDOW, HEADS, KV_HEADS, DIM, BLOCK_SIZE = 8, 6, 2, 48, 16
 SCALE = DIM**-0.5

@@ -1,6 +1,5 @@
 """The oracle against transformers, the tokenizer, hand-made cases and the tasks."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,20 +9,25 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.oracle import (
+from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.golden import CASES, recording
+from asl_vllm_testing.oracle import (
     OracleResult,
     TinyDecoder,
     generate,
     published,
     write_random_model,
 )
-from tests.oracle.asl import SelectionRule, descending, head_scores, rank_variance
-from tests.oracle.asl import ranks as ranks_of
-from tests.oracle.tasks import TASKS, VOCABULARY, Prompt
+from asl_vllm_testing.oracle.asl import (
+    SelectionRule,
+    descending,
+    head_scores,
+    rank_variance,
+)
+from asl_vllm_testing.oracle.asl import ranks as ranks_of
+from asl_vllm_testing.oracle.tasks import TASKS, VOCABULARY, Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY_MODEL = ROOT / "tests" / "models" / "tiny_retriever"
-GOLDEN = sorted((ROOT / "../shared/golden").resolve().glob("case*.npz"))
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 2, "l_obs": 2, "tau": 0.5}
 SMALL = {
     "layers": 6,
@@ -100,11 +104,10 @@ def test_cached_steps_equal_the_whole_prompt(random_model: TinyDecoder) -> None:
 # The rule
 
 
-@pytest.mark.skipif(not GOLDEN, reason="the recordings (../shared/golden) are not here")
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_rule_equals_the_published_implementation(path: Path) -> None:
-    case = np.load(path)
-    config = json.loads(str(case["config"]))
+@pytest.mark.parametrize("number", CASES)
+def test_rule_equals_the_published_implementation(number: int) -> None:
+    case = recording(number)
+    config = case["config"]
     window = config["window"]
     num_top = config["budget"] - window
     rule = SelectionRule(num_top, config["l_min"], config["l_obs"], config["tau"])

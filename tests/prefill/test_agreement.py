@@ -14,7 +14,7 @@ from torch import Tensor
 from asl_vllm.prefill import OtherRankError, PrefillQueue, RankLostError, hidden, passes
 from asl_vllm.prefill.agreement import agreed
 from asl_vllm.selection.policies import base
-from tests.prefill.toy import ToyDecoder, job, prefill
+from asl_vllm_testing.toy import ToyDecoder, job, prefill
 
 SECONDS = 20
 """A rank that waits alone fails the test instead of hanging it."""

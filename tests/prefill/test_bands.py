@@ -9,7 +9,7 @@ import torch
 
 from asl_vllm.prefill import Bands, Prefill
 from asl_vllm.selection.policies import make_policy
-from tests.prefill.toy import (
+from asl_vllm_testing.toy import (
     SHAPE,
     RecordingPolicy,
     Run,

@@ -12,7 +12,7 @@ from asl_kernels.window_scores import window_scores
 from asl_vllm.prefill import ModelShape, PrefillBuffers
 from asl_vllm.prefill.hidden import HostHidden
 from asl_vllm.selection.errors import SelectionError
-from tests.prefill.toy import (
+from asl_vllm_testing.toy import (
     CAPACITY,
     SHAPE,
     WINDOW,

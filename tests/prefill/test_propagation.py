@@ -12,7 +12,7 @@ from torch import Tensor
 from asl_kernels.window_scores import window_scores
 from asl_vllm.prefill import Prefill
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
-from tests.prefill.toy import (
+from asl_vllm_testing.toy import (
     CAPACITY,
     SHAPE,
     WINDOW,

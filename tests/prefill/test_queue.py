@@ -14,7 +14,7 @@ from asl_vllm.prefill import (
     PrefillProgress,
     PrefillQueue,
 )
-from tests.prefill.toy import SHAPE, ToyDecoder, factory, job, run
+from asl_vllm_testing.toy import SHAPE, ToyDecoder, factory, job, run
 
 LAYERS = SHAPE.num_layers
 CHUNK = 16

@@ -17,7 +17,7 @@ import pytest
 from asl_vllm.config import POLICY_GROUP, ConfigError
 from asl_vllm.selection import Policy
 from asl_vllm.selection.policies import installed
-from tests import policy_package
+from asl_vllm_testing import policy_package
 
 TRIAL = """
 from asl_vllm.config import POLICY_NAMES, AslConfig
@@ -35,7 +35,7 @@ assert [kept.tolist() for kept in result.kept] == [[list(range(40, 50))]] * 2
 assert result.deeper.tolist() == list(range(40, 50))
 
 from asl_vllm.prefill import PrefillFactory
-from tests.prefill.toy import ToyDecoder, buffers, job
+from asl_vllm_testing.toy import ToyDecoder, buffers, job
 model = ToyDecoder()
 prefill = PrefillFactory(model, buffers(), config, 16)(job(policy="newest"))
 prefill.advance(10**9)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import scripts
-from tests.server.canned import Canned, serving
+from asl_vllm_testing import scripts
+from asl_vllm_testing.canned import Canned, serving
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.server import canned as answers
+from asl_vllm_testing import canned as answers
 
 NASTY = "<img src=x onerror=\"document.title='owned'\"> & <b>bold</b>"
 

@@ -36,9 +36,8 @@ def main() -> int:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from benchmarks.random_model import write_random_model
-    from tests.e2e.conftest import RANDOM_SHAPE
-    from tests.e2e.harness import engine
+    from asl_vllm_testing.harness import engine
+    from asl_vllm_testing.random_model import RANDOM_SHAPE, write_random_model
     from tests.soak.load import ENGINE, Soak, catalogue
 
     # Each injected error would be logged with its traceback.

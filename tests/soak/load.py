@@ -13,10 +13,10 @@ import torch
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError
 from asl_vllm.selection.budget import resolve_kept
-from tests.e2e.harness import BLOCK, Engine, Running, add
-from tests.e2e.poison import poison_unowned
-from tests.oracle.asl import generate
-from tests.oracle.model import TinyDecoder
+from asl_vllm_testing.harness import BLOCK, Engine, Running, add
+from asl_vllm_testing.oracle.asl import generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.poison import poison_unowned
 
 POOL_TOKENS = 1024
 RULE: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from hypothesis import HealthCheck, Phase, settings
 
-from tests.vllm_configs import quick_and_clean_vllm
+from asl_vllm_testing.vllm_configs import quick_and_clean_vllm
 
 __all__ = ["quick_and_clean_vllm"]
 

@@ -33,8 +33,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from asl_vllm.engine.scheduler.integrity import check_integrity
 from asl_vllm.selection.budget import minimum_budget, resolve_kept
-from tests.contract.test_scheduler import BLOCK, make_host
-from tests.stateful.pretend import VOCABULARY, PretendWorker, Script
+from asl_vllm_testing.pretend import VOCABULARY, PretendWorker, Script
+from asl_vllm_testing.scheduler_host import BLOCK, make_host
 
 POOL = 14
 """Blocks, the null one included: a few requests outgrow it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.prompts import PromptMaker
@@ -15,7 +16,6 @@ from benchmarks.accuracy.tokens import HubTokenizer
 from training.model import ModelConfig
 
 MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
-TINY_MODEL = Path(__file__).parents[1] / "models" / "tiny_retriever"
 LENGTH, COUNT = 400, 4
 
 

@@ -10,6 +10,22 @@ On a machine with an NVIDIA GPU they run compiled, and on it, without the variab
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+import torch
+
 from tests.triton.device import RUNNABLE
 
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """New memory is NaN, and random numbers are the same each time."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)

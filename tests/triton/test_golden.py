@@ -12,10 +12,9 @@ from asl_kernels import rank_variance, window_scores
 from asl_kernels.rank_variance import triton as rank_variance_triton
 from asl_kernels.window_scores import triton as window_scores_triton
 from asl_kernels.window_scores.triton import launch
-from tests.golden import test_golden as golden
+from asl_vllm_testing.golden import CASES
+from asl_vllm_testing.golden.checks import CHECKS, replayed
 from tests.triton.device import INTERPRETED, on_device
-
-pytestmark = golden.pytestmark
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +43,15 @@ def _triton_in_place_of_the_references(
         (rank_variance.reference, rank_variance_triton.rank_variance, "rank_variance"),
     ):
         monkeypatch.setattr(wrapper, name, through(name, kernel))
-    golden.replayed.cache_clear()
+    replayed.cache_clear()
     yield calls
-    golden.replayed.cache_clear()
+    replayed.cache_clear()
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_recording(
     case: int, _triton_in_place_of_the_references: list[str]
 ) -> None:
-    golden.test_ranks(case)
-    golden.test_ratios(case)
-    golden.test_selection(case)
-    golden.test_kept_per_head(case)
+    for check in CHECKS:
+        check(case)
     assert set(_triton_in_place_of_the_references) == {"window_scores", "rank_variance"}

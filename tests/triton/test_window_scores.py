@@ -5,25 +5,17 @@ Workspaces and outputs start as NaN: what a kernel reads before it is written sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from asl_kernels.window_scores import reference, window_scores
 from asl_kernels.window_scores import triton as kernels
-from tests.kernels.test_window_scores import error, naive, row_lse
-from tests.triton.device import DEVICE, INTERPRETED, on_device, untouched
+from asl_vllm_testing.window_scores import error, naive, row_lse
+from tests.triton.device import DEVICE, TOLERANCES, on_device, untouched
 
-# Against the reference on the same rounded inputs, relative to the largest score: all
-# arithmetic is fp32 whatever the dtype, and only the order of sums differs. A GPU's
-# exp2 is an approximation, and its tensor cores cut sums off instead of rounding.
-TOLERANCES = (
-    {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
-    if INTERPRETED
-    else {torch.float32: 1e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}
-)
+pytestmark = pytest.mark.usefixtures("poison")
+
 FP32 = TOLERANCES[torch.float32]
 
 # tokens, window, heads, kv_heads, dim, pool_kernel, programs
@@ -38,16 +30,6 @@ SHAPES = [
     (150, 32, 4, 1, 256, 5, 9),  # the window lies in two splits
     (40, 4, 2, 1, 320, 3, 2),  # heads that are read in parts
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(0)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def score(

@@ -14,12 +14,11 @@ from torch import Tensor
 from asl_kernels.window_scores import reference
 from asl_kernels.window_scores import triton as kernels
 from asl_kernels.window_scores.triton import launch
-from tests.kernels.key_caches import LAYOUTS, fill, key_cache, kv_cache
-from tests.kernels.test_window_scores import error, row_lse
-from tests.triton.device import DEVICE, INTERPRETED, on_device, untouched
-from tests.triton.test_window_scores import TOLERANCES, poison
+from asl_vllm_testing.key_caches import LAYOUTS, fill, key_cache, kv_cache
+from asl_vllm_testing.window_scores import error, row_lse
+from tests.triton.device import DEVICE, INTERPRETED, TOLERANCES, on_device, untouched
 
-__all__ = ["poison"]
+pytestmark = pytest.mark.usefixtures("poison")
 
 KERNEL = 7
 # M = W + 1, a block of keys and a bit, several splits of them.

@@ -114,7 +114,7 @@ def options_of(way: Way, host: Host) -> dict[str, Any]:
 
 def ask(host: Any, prompts: Sequence[list[int]], name: str, **fields: Any) -> list[Any]:
     """Requests of several prompts, added and not yet run."""
-    from tests.e2e.harness import add
+    from asl_vllm_testing.harness import add
 
     return [
         add(host, f"{name}{i}", prompt, max_tokens=MAX_TOKENS, **fields)
@@ -124,7 +124,7 @@ def ask(host: Any, prompts: Sequence[list[int]], name: str, **fields: Any) -> li
 
 def preempt_each(host: Any, requests: Sequence[Any]) -> int:
     """Runs the requests to their end, preempting each once; returns how many were."""
-    from tests.e2e.harness import step
+    from asl_vllm_testing.harness import step
 
     preempted: set[str] = set()
     for _ in range(3000):
@@ -141,7 +141,7 @@ def preempt_each(host: Any, requests: Sequence[Any]) -> int:
 
 def count_preemptions(host: Any, requests: Sequence[Any]) -> int:
     """Runs the requests to their end; how many vLLM preempted."""
-    from tests.e2e.harness import step
+    from asl_vllm_testing.harness import step
 
     preempted: set[str] = set()
     for _ in range(3000):
@@ -190,9 +190,9 @@ def run_way(way: Way, host: Host) -> Iterator[Row]:
         host.gpu_only("an attention backend or a mode that a CPU does not have")
     if host.dry and way.runner == "v2":
         # Its Triton kernels run in Triton's interpreter.
-        import tests.e2e.interpreted_v2  # noqa: F401
+        import asl_vllm_testing.interpreted_v2  # noqa: F401
 
-    from tests.e2e.harness import assert_pool_whole, engine, run_to_end
+    from asl_vllm_testing.harness import assert_pool_whole, engine, run_to_end
 
     replays = Replays()
     prompts = [want.prompt for want in load()]
@@ -258,7 +258,7 @@ def what_runs(running: Any, way: Way, host: Host) -> Iterator[Row]:
 def pool_row(running: Any, check: Any) -> Row:
     """Whether every block is free again, once."""
     from asl_vllm.engine.scheduler.integrity import IntegrityError
-    from tests.e2e.harness import drain
+    from asl_vllm_testing.harness import drain
 
     drain(running)
     try:

@@ -1,7 +1,7 @@
 """The whole rule on an engine's own queries and keys, against fp32 PyTorch.
 
 An engine prefills prompts under a budget. What its policy was shown of each layer, and
-what it decided, is compared with tests/oracle on a CPU: the scores, the tokens that
+what it decided, is compared with the oracle on a CPU: the scores, the tokens that
 each KV head keeps, the variance ratios, and the selection layer.
 """
 
@@ -29,7 +29,7 @@ DRY_TOKENS, DRY_BUDGET = 400, 128
 
 def run(host: Host) -> Iterator[Row]:
     """Yields a row a prompt of the shipped model and of a random one."""
-    from benchmarks.random_model import write_random_model
+    from asl_vllm_testing.random_model import write_random_model
 
     prompts = [want.prompt for want in load()]
     for number, row in enumerate(compare(host, MODEL, prompts, BUDGET, RULE)):
@@ -81,7 +81,7 @@ def compare(
 ) -> Iterator[Row]:
     """Yields a row a prompt."""
     from asl_vllm.selection.policies import POLICIES
-    from tests.e2e.harness import engine
+    from asl_vllm_testing.harness import engine
 
     layers: list[list[Any]] = []
     longest = max(len(prompt) for prompt in prompts)
@@ -105,7 +105,7 @@ def compare(
 
 def row_of(layers: list[Any], report: dict[str, Any], rule: dict[str, Any]) -> Row:
     """One prompt's layers against the oracle's rule on the same queries and keys."""
-    from tests.oracle.asl import SelectionRule, head_scores, with_window
+    from asl_vllm_testing.oracle.asl import SelectionRule, head_scores, with_window
 
     kept_tokens, window = report["kept_tokens"], rule["window"]
     num_top = kept_tokens - window

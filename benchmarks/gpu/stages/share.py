@@ -65,8 +65,8 @@ class Clock:
 def run(host: Host) -> Iterator[Row]:
     """Yields a row a length."""
     from asl_vllm.prefill.passes import Prefill
-    from benchmarks.random_model import write_random_model
-    from tests.e2e.harness import engine
+    from asl_vllm_testing.harness import engine
+    from asl_vllm_testing.random_model import write_random_model
 
     lengths, budget = (DRY_TOKENS, DRY_BUDGET) if host.dry else (TOKENS, BUDGET)
     layers = 4 if host.dry else LAYERS

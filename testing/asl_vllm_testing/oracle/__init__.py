@@ -4,10 +4,10 @@ Nothing here imports vLLM, asl_vllm or asl_kernels, so that a fault in one of th
 cannot hide in both sides of a comparison.
 """
 
-from benchmarks.random_model import write_random_model
-from tests.oracle.asl import OracleResult, generate
-from tests.oracle.model import TinyDecoder
-from tests.oracle.tasks import Prompt, key_value, needle
+from asl_vllm_testing.oracle.asl import OracleResult, generate
+from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.tasks import Prompt, key_value, needle
+from asl_vllm_testing.random_model import write_random_model
 
 __all__ = [
     "OracleResult",

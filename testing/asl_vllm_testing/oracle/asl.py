@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle.model import TinyDecoder, at_least_fp32
+from asl_vllm_testing.oracle.model import TinyDecoder, at_least_fp32
 
 POLICIES = ("asl", "snapkv", "random")
 

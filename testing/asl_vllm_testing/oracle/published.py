@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracle.asl import (
+from asl_vllm_testing.oracle.asl import (
     OracleResult,
     decode,
     full_prefill,
@@ -21,7 +21,7 @@ from tests.oracle.asl import (
     rerun_last,
     with_window,
 )
-from tests.oracle.model import TinyDecoder
+from asl_vllm_testing.oracle.model import TinyDecoder
 
 
 @torch.inference_mode()

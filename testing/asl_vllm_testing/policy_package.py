@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-GUIDE = Path(__file__).parents[1] / "docs" / "policies.md"
+from asl_vllm_testing import ROOT
+
+GUIDE = ROOT / "docs" / "policies.md"
 
 
 def shown(language: str) -> str:

@@ -1,0 +1,180 @@
+"""vLLM's scheduler with our connector, and no engine around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_kv_cache_groups,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.worker.gpu_worker import record_kv_cache_layout
+
+from asl_vllm.engine import settings
+from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.kv_spec import in_bands, prunable
+from asl_vllm.engine.messages import StepOrders, StepReports
+from asl_vllm.prefill import Bands, PrefillReport
+from asl_vllm_testing.vllm_configs import engine_config
+
+BLOCK = 32
+LAYERS = 10
+POOL = 30
+PROMPT = 10 * BLOCK + 5
+BUDGET = 100
+KEPT = 69
+"""The largest k of at most 100 for which N - k is whole blocks."""
+REPORT = PrefillReport(3, KEPT, PROMPT - KEPT, 1000, 2000, 0.1)
+
+
+@dataclass
+class Host:
+    """A scheduler and its clock; the model is played by the test."""
+
+    scheduler: Scheduler
+    step_tokens: int = 0
+    outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def connector(self) -> AslConnector:
+        connector = self.scheduler.connector
+        assert isinstance(connector, AslConnector)
+        return connector
+
+    @property
+    def free(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def add(
+        self,
+        name: str,
+        budget: int | None = BUDGET,
+        tokens: int = PROMPT,
+        shallow: str | None = None,
+        **sampling: Any,
+    ) -> Request:
+        extra = {"kv_budget": budget} if budget else None
+        if extra and shallow:
+            extra["kv_shallow"] = shallow
+        sampling = {"max_tokens": 4, **sampling}
+        params = SamplingParams(extra_args=extra, **sampling)
+        params.update_from_generation_config({}, None)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=[7] * tokens,
+            sampling_params=params,
+            pooling_params=None,
+            block_hasher=get_request_block_hasher(BLOCK, sha256),
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def held(self, name: str) -> list[int]:
+        """Blocks that a request holds in each band."""
+        bands = self.scheduler.kv_cache_manager.get_block_ids(name)
+        return [sum(block != 0 for block in ids) for ids in bands]
+
+    def step(
+        self,
+        done: set[str] | None = None,
+        failed: set[str] | None = None,
+        report: PrefillReport = REPORT,
+    ) -> tuple[SchedulerOutput, StepOrders]:
+        """Schedules, and answers with a token for each request that gets one."""
+        output = self.scheduler.schedule()
+        orders = output.kv_connector_metadata
+        assert isinstance(orders, StepOrders)
+        self.answer(output, done, failed, report)
+        return output, orders
+
+    def answer(
+        self,
+        output: SchedulerOutput,
+        done: set[str] | None = None,
+        failed: set[str] | None = None,
+        report: PrefillReport = REPORT,
+    ) -> None:
+        """Gives a token to each request that was scheduled one."""
+        names = list(output.num_scheduled_tokens)
+        reports = {name: report for name in (done or set()) - (failed or set())}
+        result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[[1] for _ in names],
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+            kv_connector_output=KVConnectorOutput(
+                finished_recving=done,
+                failed_recving=failed or set(),
+                kv_connector_worker_meta=StepReports(reports) if reports else None,
+            ),
+        )
+        (self.outputs,) = [
+            list(engine.outputs)
+            for engine in self.scheduler.update_from_output(output, result).values()
+        ] or [[]]
+
+
+def make_host(
+    *,
+    pool_blocks: int = POOL,
+    scheduler_class: type[Scheduler] = Scheduler,
+    step_tokens: int = 256,
+    **policy: Any,
+) -> Host:
+    """A scheduler without an engine, its pool of ``pool_blocks`` blocks."""
+    config = engine_config(
+        {"policy": "asl", "window": 8, **policy},
+        max_model_len=2048,
+        block_size=BLOCK,
+        max_num_batched_tokens=step_tokens,
+        max_num_seqs=8,
+    )
+    config.cache_config.num_gpu_blocks = pool_blocks
+    record_kv_cache_layout(config.cache_config, "LBHNC")
+    init_none_hash(sha256)
+    spec = prunable(
+        FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
+        )
+    )
+    names = [f"layers.{layer}" for layer in range(LAYERS)]
+    bands = settings.bands_of(config)
+    specs = in_bands(dict.fromkeys(names, spec), bands, names)
+    pool = KVCacheConfig(
+        num_blocks=pool_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=get_kv_cache_groups(config, specs),
+    )
+    scheduler = scheduler_class(
+        config, pool, structured_output_manager=Mock(), block_size=BLOCK, log_stats=True
+    )
+    return Host(scheduler, config.scheduler_config.max_num_batched_tokens)
+
+
+def report_of(selection_layer: int | None, bands: int) -> PrefillReport:
+    """What a prefill with ``kv_shallow`` "full" reports."""
+    deep = 0
+    if selection_layer is not None:
+        deep = Bands(LAYERS, bands).below(selection_layer)
+    pruned = PROMPT - KEPT if deep else 0
+    return PrefillReport(
+        selection_layer, PROMPT - pruned, pruned, 1, 2, 0.1, pruned_bands=deep
+    )
+
+
+FULL = -(-PROMPT // BLOCK)
+"""Blocks of the prompt in a band that keeps every token."""
+FREED = (PROMPT - KEPT) // BLOCK
