@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.scheduler import state
+from asl_vllm.engine.scheduler import state, taking_back
 from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
 from asl_vllm.engine.scheduler.orders import SchedulerSide
 from asl_vllm.engine.worker.runner import WorkerSide
@@ -52,6 +52,7 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler_side = SchedulerSide(vllm_config)
             state.install()
+            taking_back.install()
         else:
             self.worker_side = WorkerSide()
 
@@ -131,7 +132,8 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(
         self, finished_req_ids: set[str]
     ) -> KVConnectorTransferResults:
-        return self.worker_side.take_results(finished_req_ids)
+        # Jobs of requests that ended are dropped by `StepOrders.drops`, in time.
+        return self.worker_side.take_results()
 
     def build_connector_worker_meta(self) -> StepReports | None:
         return self.worker_side.take_reports()

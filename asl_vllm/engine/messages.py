@@ -17,10 +17,16 @@ STATE_METHOD = "asl_vllm_state"
 
 @dataclass
 class StepOrders(KVConnectorMetadata):
-    """Scheduler to workers: new jobs and the token-layers this step may spend."""
+    """Scheduler to workers: new jobs and the token-layers this step may spend.
+
+    ``drops`` are requests whose jobs end before anything else is done: their blocks
+    are somebody else's by now. A ``paused`` step runs no pass.
+    """
 
     jobs: list[PrefillJob] = field(default_factory=list)
     token_layers: int = 0
+    drops: set[str] = field(default_factory=set)
+    paused: bool = False
 
 
 @dataclass

@@ -126,6 +126,16 @@ class PretendWorker:
     def _start(self, job: PrefillJob) -> PretendPrefill:
         return PretendPrefill(job, self.scripts[job.request_id], self.slots)
 
+    def progress(self) -> dict[str, PrefillProgress]:
+        """How far the running job is, by request."""
+        assert self._side.queue is not None
+        return self._side.queue.progress()
+
+    def forget(self, name: str) -> None:
+        """Another request of that name will come."""
+        self.admitted = [other for other in self.admitted if other != name]
+        self._known.pop(name, None)
+
     def poison(self, block_ids: list[int]) -> None:
         """Overwrites blocks that nobody owns."""
         for block_id in block_ids:
@@ -140,7 +150,7 @@ class PretendWorker:
         assert isinstance(orders, StepOrders)
         self.admitted += [job.request_id for job in orders.jobs]
         self._side.run(orders)
-        results = self._side.take_results(step.finished_req_ids)
+        results = self._side.take_results()
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: i for i, name in enumerate(names)},
@@ -162,15 +172,18 @@ class PretendWorker:
             self._rows[new.req_id] = list(row)
             self._computed[new.req_id] = new.num_computed_tokens
         cached = step.scheduled_cached_reqs
-        for name, blocks, computed in zip(
+        for name, blocks, computed, generated in zip(
             cached.req_ids,
             cached.new_block_ids,
             cached.num_computed_tokens,
+            cached.num_output_tokens,
             strict=True,
         ):
             (added,) = blocks if blocks is not None else ([],)
             if name in cached.resumed_req_ids:
                 self._rows[name] = []
+                # A reset throws away tokens that were sampled in a step under way.
+                self._known[name] = len(self.scripts[name].prompt) + generated
             self._rows[name] = self._rows[name] + list(added)
             self._computed[name] = computed
 

@@ -96,20 +96,6 @@ def test_a_failed_load_fails_its_request(host: Host) -> None:
     assert not host.scheduler.requests
 
 
-def test_an_aborted_loads_blocks_are_freed_when_it_is_reported(host: Host) -> None:
-    start = host.free
-    host.add("a")
-    host.step()
-    held = start - host.free
-    assert held > 0
-    host.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-    assert start - host.free == held, "freed while passes may still write to them"
-    output, _ = host.step(done={"a"})
-    assert "a" in output.finished_req_ids, "the worker is told to drop the job"
-    assert host.free == start
-    assert not host.scheduler.requests
-
-
 def test_an_abort_after_the_report_frees_at_once(host: Host) -> None:
     start = host.free
     host.add("a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import vllm.plugins
@@ -24,7 +25,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponseUsage
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
-from vllm.exceptions import GracefulHTTPError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.plugins.endpoint_plugins.interface import (
     EndpointPlugin,
     attach_endpoint_plugins,
@@ -41,7 +42,7 @@ from vllm.v1.metrics.buckets import build_1_2_5_buckets, histogram_buckets
 
 from asl_server.app import KVEndpoints
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.frontend import engines, request, usage
+from asl_vllm.engine.frontend import engines, repeated_ids, request, usage
 from asl_vllm.engine.messages import STATE_METHOD
 from asl_vllm.engine.patching import original_of
 from asl_vllm.engine.scheduler import state
@@ -53,6 +54,7 @@ from tests.contract.looking import in_order, parameters, source
 @pytest.fixture(autouse=True)
 def _installed() -> None:
     usage.install()
+    repeated_ids.install()
 
 
 def original(owner: Any, name: str) -> Any:
@@ -122,7 +124,7 @@ def test_a_sequence_is_added_in_its_requests_context() -> None:
     assert in_order(
         source(original(AsyncLLM, "generate")), "await self.add_request(", "yield out"
     )
-    for method in (AsyncLLM._add_request, AsyncLLM.add_request):
+    for method in (AsyncLLM._add_request, original(AsyncLLM, "add_request")):
         assert "self.output_processor.add_request(" in source(method)
     add = original(OutputProcessor, "add_request")
     assert parameters(add)[:5] == (
@@ -135,7 +137,7 @@ def test_a_sequence_is_added_in_its_requests_context() -> None:
 def test_samples_keep_the_name_of_their_request() -> None:
     """So that the choices of a prompt stay together."""
     assert in_order(
-        source(AsyncLLM.add_request),
+        source(original(AsyncLLM, "add_request")),
         "self.input_processor.assign_request_id(request)",
         "copy(request)",
         "child_request.request_id = request_id",
@@ -274,3 +276,36 @@ def test_statistics_go_to_one_front_end_after_the_connectors_update() -> None:
 def test_buckets() -> None:
     assert build_1_2_5_buckets(100) == [1, 2, 5, 10, 20, 50, 100]
     assert 1.0 in histogram_buckets("time_to_first_token")
+
+
+def test_a_live_requests_id_is_known_until_it_ends() -> None:
+    """`repeated_ids` reads it before vLLM adds the request, without a pause between."""
+    added = source(original(AsyncLLM, "add_request"))
+    assert "self._add_request(" in added
+    assert "self.external_req_ids[req_state.external_req_id]" in source(OutputProcessor)
+    assert "del self.external_req_ids[" in source(OutputProcessor)
+    again = source(original(OutputProcessor, "add_request"))
+    assert "_update_streaming_request_state" in again
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_id_that_is_taken_is_refused(
+    monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """Only where ids are not randomised, since they cannot repeat elsewhere."""
+    asked: list[str] = []
+
+    async def add_request(self: Any, request_id: str, prompt: Any) -> None:
+        asked.append(request_id)
+
+    monkeypatch.setattr(AsyncLLM, "add_request", add_request)
+    repeated_ids.install()
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", str(int(plain)))
+    client: Any = Mock(output_processor=Mock(external_req_ids={"a": ["a"]}))
+    asyncio.run(AsyncLLM.add_request(client, "b", "prompt"))
+    if plain:
+        with pytest.raises(VLLMValidationError, match="'a' is taken"):
+            asyncio.run(AsyncLLM.add_request(client, "a", "prompt"))
+    else:
+        asyncio.run(AsyncLLM.add_request(client, "a", "prompt"))
+    assert asked == (["b"] if plain else ["b", "a"])

@@ -26,6 +26,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
@@ -72,6 +73,7 @@ class Machine(RuleBasedStateMachine):
         self.worker = PretendWorker(POOL, BLOCK)
         self.pending: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.arrived: list[str] = []
+        self._count = 0
         self.answers: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.aborted: set[str] = set()
@@ -96,11 +98,22 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         if budget is None:
             length = min(length, POOL_TOKENS - max_tokens)
+        self._arrive(f"r{self._count}", family, length, budget, max_tokens, fails)
+
+    def _arrive(
+        self,
+        name: str,
+        family: int,
+        length: int,
+        budget: int | None,
+        max_tokens: int,
+        fails: bool,
+    ) -> None:
         prompt = FAMILIES[family][:length]
         kept = resolve_kept(
             budget, num_prompt_tokens=length, block_size=BLOCK, window=WINDOW
         )
-        name = f"r{len(self.arrived)}"
+        self._count += 1
         pruned = length - kept
         script = Script(name, prompt, max_tokens, pruned, fails and pruned > 0)
         params = SamplingParams(
@@ -184,6 +197,19 @@ class Machine(RuleBasedStateMachine):
         loading = self._loading()
         self._abort(loading[pick % len(loading)])
 
+    @precondition(lambda self: self._loading())
+    @rule(pick=st.integers(0, 1000), budget=st.one_of(st.none(), st.just(MINIMUM)))
+    def retry_under_the_same_name(self, pick: int, budget: int | None) -> None:
+        """A client hangs up while its prompt is pruned and asks at once again."""
+        loading = self._loading()
+        name = loading[pick % len(loading)]
+        self._abort(name)
+        # What it was before is forgotten; nothing of it may show in the new answer.
+        self.arrived.remove(name)
+        self.aborted.remove(name)
+        self.worker.forget(name)
+        self._arrive(name, pick % len(FAMILIES), POOL_TOKENS // 2, budget, 9, False)
+
     def _abort(self, name: str) -> None:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         self.aborted.add(name)
@@ -199,6 +225,30 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def reset_the_prefix_cache(self) -> None:
         self.scheduler.reset_prefix_cache()
+
+    @precondition(lambda self: len(self.pending) < self.ahead)
+    @rule()
+    def reset_with_running_requests(self) -> None:
+        """Also what a pause that clears caches does."""
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+    @rule(pick=st.integers(0, 1000))
+    def pause(self, pick: int) -> None:
+        """Nothing moves, also where a client that leaves has the engine step."""
+        while self.pending:
+            self.deliver()
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        if pick % 2 and self._live():
+            self.abort(pick)
+        progress = self.worker.progress()
+        answers = {name: list(tokens) for name, tokens in self.answers.items()}
+        for _ in range(3):
+            self._step()
+        while self.pending:
+            self.deliver()
+        assert self.worker.progress().items() <= progress.items()
+        assert self.answers == answers
+        self.scheduler.set_pause_state(PauseState.UNPAUSED)
 
     # What must hold.
 

@@ -78,19 +78,15 @@ class IdleCheck:
         """A request ended."""
         self._live.discard(request_id)
 
-    def run(self, *, prefilling: bool) -> None:
+    def run(self) -> None:
         """Checks if the engine is idle and was not at the last call.
-
-        Args:
-            prefilling: A prefill is not reported yet, its request ended or not, so
-                that it holds blocks.
 
         Raises:
             IntegrityError: the KV pool is not whole. It ends the engine, which serves
                 nobody right now: a block with a wrong owner could show one request's
                 tokens to another.
         """
-        idle = not self._live and not prefilling
+        idle = not self._live
         if idle and not self._checked:
             try:
                 check_integrity(self._kv_cache_manager, idle=True)

@@ -47,8 +47,11 @@ class SchedulerSide:
         self._progress: dict[str, PrefillProgress] = {}
         self.tally = PruningTally()
         self._in_flight: dict[str, int] = {}
+        self._dropped: set[str] = set()
+        self._new_drops: set[str] = set()
         self._new_jobs: list[PrefillJob] = []
         self._turned_away = False
+        self.paused = False
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Finds the block managers whose requests can be pruned, one a band."""
@@ -100,14 +103,15 @@ class SchedulerSide:
     def tokens_to_load(self, request: Request) -> tuple[int | None, bool]:
         """(N-1, True) for a pruned request, (0, False) for any other.
 
-        (None, False) while enough prompts hold blocks; then none of the requests
-        behind it is admitted in this step either, so that the order stays.
+        (None, False) while enough prompts hold blocks, or a dropped job of its name
+        is not reported yet; then none of the requests behind it is admitted in this
+        step either, so that the order stays.
         """
         plan = self._plans.get(request.request_id)
         if plan is None or not plan.pruned_tokens:
             return 0, False
         busy = sum(self._in_flight.values()) >= _STEPS_AHEAD * self._step_tokens
-        if busy or self._turned_away:
+        if busy or self._turned_away or request.request_id in self._dropped:
             self._turned_away = True
             return None, False
         if plan.keep_shallow:
@@ -143,19 +147,26 @@ class SchedulerSide:
     def orders(self, num_scheduled_tokens: int) -> StepOrders:
         """This step's orders: passes get what is left, within ``pass_share``."""
         if self._config.check_integrity:
-            self._idle_check.run(prefilling=bool(self._in_flight))
+            self._idle_check.run()
         jobs, self._new_jobs = self._new_jobs, []
+        drops, self._new_drops = self._new_drops, set()
         self._turned_away = False
         left = max(self._step_tokens - num_scheduled_tokens, 0)
         token_layers = min(left * self.num_layers, self._pass_token_layers)
-        return StepOrders(jobs, token_layers)
+        return StepOrders(jobs, token_layers, drops, self.paused)
 
     def on_output(self, output: KVConnectorOutput) -> None:
-        """Takes in which jobs ended and what they report."""
+        """Takes in which jobs ended and what they report.
+
+        A dropped job is reported too, once, and as done where it was faster than the
+        order; vLLM, which awaits no such load, is not to see that.
+        """
         reports = output.kv_connector_worker_meta
         if reports is not None:
             assert isinstance(reports, StepReports)
             for request_id, report in reports.reports.items():
+                if request_id in self._dropped:
+                    continue
                 if plan := self._plans.get(request_id):
                     self.tally.prefilled(
                         report,
@@ -167,17 +178,36 @@ class SchedulerSide:
             self._progress = reports.progress
         for request_id in output.finished_recving or ():
             self._in_flight.pop(request_id, None)
-            if request_id not in self._plans:
-                self._forget(request_id)
+        if output.finished_recving:
+            late = self._dropped & output.finished_recving
+            output.finished_recving = output.finished_recving - late
+            self._dropped -= late
+            self._new_drops -= late
+
+    def is_loading(self, request_id: str) -> bool:
+        """Whether a live request has a job that is not reported yet."""
+        return request_id in self._in_flight and request_id not in self._dropped
+
+    def prunes(self, request_id: str) -> bool:
+        """Whether a request is alive and pruned."""
+        plan = self._plans.get(request_id)
+        return plan is not None and plan.pruned_tokens > 0
+
+    def on_taken_back(self, request_id: str) -> None:
+        """A request lost its blocks: its job, if it has one, is to be dropped."""
+        if self.is_loading(request_id):
+            self._dropped.add(request_id)
+            self._new_drops.add(request_id)
+            self._progress.pop(request_id, None)
 
     def on_finished(self, request: Request) -> dict[str, Any] | None:
         """Forgets a request and returns the part of its reply that is ours."""
         self._idle_check.end(request.request_id)
         plan = self._plans.pop(request.request_id, None)
         report = self._reports.pop(request.request_id, None)
-        # One that ends while it is prefilled holds its blocks until that is reported.
-        if request.request_id not in self._in_flight:
-            self._forget(request.request_id)
+        self.on_taken_back(request.request_id)
+        for manager in self._managers:
+            manager.forget(request.request_id)
         if plan is None:
             return None
         self.tally.ended(plan.policy, _outcome(request.status, plan))
@@ -187,10 +217,6 @@ class SchedulerSide:
         return sequence_usage(
             plan.policy, plan.budget, plan.num_prompt_tokens, report, freed_blocks
         )
-
-    def _forget(self, request_id: str) -> None:
-        for manager in self._managers:
-            manager.forget(request_id)
 
     def _freed_blocks(self, report: PrefillReport) -> int:
         """Blocks that a prompt does not hold for being pruned, of all bands."""
@@ -218,7 +244,7 @@ class SchedulerSide:
         report = self._reports.get(request_id)
         progress = self._progress.get(request_id)
         held = sum(manager.held_blocks(request_id) for manager in self._managers)
-        if request_id in self._in_flight:
+        if self.is_loading(request_id):
             state = "prefilling" if progress else "waiting"
             layer = progress.layer if progress else 0
             selected = progress.selection_layer if progress else None

@@ -18,8 +18,8 @@ logger = init_logger(__name__)
 class WorkerSide:
     """Drives a `PrefillQueue`; each job is reported exactly once.
 
-    A job that was aborted is reported as done too: only then does the scheduler
-    take its blocks back.
+    A job that was dropped is reported as done too: only then does the scheduler take
+    another one of that name.
     """
 
     queue: PrefillQueue | None = None
@@ -30,11 +30,12 @@ class WorkerSide:
         self._reports: dict[str, PrefillReport] = {}
 
     def run(self, orders: StepOrders) -> None:
-        """Takes this step's new jobs and runs its passes."""
+        """Drops and takes jobs, then runs this step's passes."""
         assert self.queue is not None
+        self._done.update(filter(self.queue.abort, orders.drops))
         for job in orders.jobs:
             self.queue.add(job)
-        if not len(self.queue):
+        if orders.paused or not len(self.queue):
             return
         try:
             outcomes = self.queue.step(orders.token_layers)
@@ -50,14 +51,8 @@ class WorkerSide:
             else:
                 self._reports[outcome.request_id] = outcome.report
 
-    def take_results(
-        self, finished_request_ids: set[str]
-    ) -> KVConnectorTransferResults:
-        """What ended since the last call, jobs of finished requests included."""
-        assert self.queue is not None
-        for request_id in finished_request_ids:
-            if self.queue.abort(request_id):
-                self._done.add(request_id)
+    def take_results(self) -> KVConnectorTransferResults:
+        """What ended since the last call, dropped jobs included."""
         results = KVConnectorTransferResults(
             finished_recving=self._done, failed_recving=self._failed
         )

@@ -1,0 +1,276 @@
+"""vLLM's scheduler when a prompt that is being pruned is aborted, or put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from asl_vllm.engine.scheduler.integrity import check_integrity
+from tests.contract.looking import in_order, parameters, source
+from tests.contract.test_scheduler import (
+    BLOCK,
+    BUDGET,
+    KEPT,
+    PROMPT,
+    Host,
+    make_host,
+    report_of,
+    states,
+)
+
+ABORTED = RequestStatus.FINISHED_ABORTED
+
+
+@pytest.fixture(params=[Scheduler, AsyncScheduler])
+def host(request: pytest.FixtureRequest) -> Host:
+    return make_host(scheduler_class=request.param)
+
+
+def whole(host: Host, *, idle: bool = False) -> bool:
+    check_integrity(host.scheduler.kv_cache_manager, idle=idle)
+    return True
+
+
+def finish(host: Host, *done: str) -> list[Any]:
+    """Reports these jobs, then steps to the end; each request's last output."""
+    last = {}
+    host.step(done=set(done))
+    for _ in range(60):
+        last.update({output.request_id: output for output in host.outputs})
+        if not host.scheduler.has_requests():
+            break
+        host.step()
+    return [last[name] for name in sorted(last)]
+
+
+@pytest.mark.parametrize("bands", [1, 5])
+@pytest.mark.parametrize("ids", ["a", ["a"], None])
+def test_an_aborted_loads_blocks_and_name_are_free_at_once(
+    ids: str | Iterable[str] | None, bands: int
+) -> None:
+    host = make_host(bands=bands, pool_blocks=40 * bands)
+    start = host.free
+    host.add("a", shallow="full" if bands > 1 else None)
+    host.step()
+    assert host.free < start
+    host.scheduler.finish_requests(ids, ABORTED)
+    assert not host.scheduler.requests
+    assert host.free == start
+    assert whole(host, idle=True)
+    assert host.scheduler.has_requests(), "the worker is still to be told"
+    _, orders = host.step(done={"a"})
+    assert orders.drops == {"a"}
+    assert not host.scheduler.has_requests()
+    _, orders = host.step()
+    assert orders.drops == set()
+
+
+def test_an_abort_takes_no_other_load_along(host: Host) -> None:
+    host.add("a")
+    other = host.add("b")
+    host.step()
+    host.scheduler.finish_requests(iter(["a"]), ABORTED)
+    host.step(done={"a"})
+    host.step()
+    assert other.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    (output,) = finish(host, "b")
+    assert output.kv_transfer_params["kept_tokens"] == KEPT
+
+
+def test_vllm_keeps_an_aborted_load_until_it_is_reported() -> None:
+    """What the wrapped methods lift: not so, and ours has no reason to be."""
+    assert in_order(
+        source(Scheduler.finish_requests.__asl_vllm_original__),
+        "request.status == RequestStatus.WAITING_FOR_REMOTE_KVS",
+        "delay_free_blocks = request.request_id not in self.finished_recving_kv",
+        "self.finished_recving_kv_req_ids.discard(request.request_id)",
+        "self._free_request(request, delay_free_blocks=delay_free_blocks)",
+    )
+    assert "existing.streaming_queue is not None, 'duplicate request id'" in source(
+        Scheduler.add_request
+    )
+
+
+@pytest.mark.parametrize("outcome", ["dropped", "done", "failed"])
+def test_a_name_may_come_again_while_its_aborted_job_is_unreported(
+    host: Host, outcome: str
+) -> None:
+    """Whatever becomes of the first job, it is none of the second request's."""
+    host.add("a", budget=PROMPT - 1)
+    step = host.scheduler.schedule()
+    host.scheduler.finish_requests("a", ABORTED)
+    again = host.add("a")
+    # The report comes with the step that was under way, or after the order to drop.
+    if outcome == "dropped":
+        host.answer(step)
+        step = host.scheduler.schedule()
+        assert step.kv_connector_metadata.drops == {"a"}
+        assert step.kv_connector_metadata.jobs == []
+    report = report_of(7, 1)
+    failed = {"a"} if outcome == "failed" else None
+    host.answer(step, done={"a"}, failed=failed, report=report)
+    assert again.status == RequestStatus.WAITING
+    assert states(host) == [("a", "waiting", 0, None, 0)]
+    _, orders = host.step()
+    assert orders.drops == set()
+    (job,) = orders.jobs
+    assert job.kept_tokens == KEPT
+    (output,) = finish(host, "a")
+    assert str(output.finish_reason) == "length"
+    assert output.kv_transfer_params["budget"] == BUDGET
+    assert output.kv_transfer_params["selection_layer"] == 3
+    assert whole(host, idle=True)
+
+
+def test_a_name_may_come_again_without_a_budget(host: Host) -> None:
+    host.add("a")
+    step = host.scheduler.schedule()
+    host.scheduler.finish_requests("a", ABORTED)
+    host.add("a", budget=None, tokens=BLOCK)
+    host.answer(step)
+    late = host.scheduler.schedule()
+    assert late.num_scheduled_tokens == {"a": BLOCK}
+    host.answer(late, done={"a"})
+    (output,) = finish(host)
+    assert str(output.finish_reason) == "length"
+    assert output.kv_transfer_params is None
+    assert whole(host, idle=True)
+
+
+def test_a_reset_puts_pruned_prompts_back(host: Host) -> None:
+    """One in its prefill, one that ended it, one that decodes, and a plain one."""
+    host.add("decodes", max_tokens=30)
+    host.add("plain", budget=None, tokens=BLOCK, max_tokens=30)
+    host.step()
+    host.step(done={"decodes"})
+    host.step()
+    host.add("ended")
+    host.add("prefilled")
+    host.step()
+    step = host.scheduler.schedule()
+    host.answer(step, done={"ended"})
+    assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert whole(host)
+    assert host.free == 29
+    assert [state[-1] for state in states(host)] == [0, 0, 0]
+    waiting = [request.request_id for request in host.scheduler.waiting]
+    assert waiting == ["plain", "decodes", "ended", "prefilled"]
+    assert not host.scheduler.kv_holding_waiting
+    _, orders = host.step(done={"prefilled"})
+    assert orders.drops == {"prefilled"}
+    assert [job.request_id for job in orders.jobs] == ["decodes"]
+    host.step(done={"decodes"})
+    host.step()
+    outputs = finish(host, "ended", "prefilled")
+    assert [str(output.finish_reason) for output in outputs] == ["length"] * 4
+    assert whole(host, idle=True)
+
+
+def test_a_reset_while_the_job_ends(host: Host) -> None:
+    """The step under way reports a job whose blocks are free already."""
+    request = host.add("a")
+    host.step()
+    step = host.scheduler.schedule()
+    assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
+    host.answer(step, done={"a"}, report=report_of(7, 1))
+    assert request.status == RequestStatus.WAITING
+    _, orders = host.step()
+    assert orders.drops == set()
+    assert [job.request_id for job in orders.jobs] == ["a"]
+    (output,) = finish(host, "a")
+    assert output.kv_transfer_params["selection_layer"] == 3
+    assert whole(host, idle=True)
+
+
+def test_a_preempted_request_that_is_put_back_is_resumed(host: Host) -> None:
+    request = host.add("a")
+    host.step()
+    host.step(done={"a"})
+    host.step()
+    assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
+    host.step()
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert request.status == RequestStatus.PREEMPTED
+    host.step(done={"a"})
+    host.step()
+    (output,) = finish(host, "a")
+    assert str(output.finish_reason) == "length"
+    assert request.num_output_tokens == 4
+
+
+def test_a_reset_without_running_requests_takes_nothing(host: Host) -> None:
+    request = host.add("a")
+    host.step()
+    assert not host.scheduler.reset_prefix_cache()
+    assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+    _, orders = host.step()
+    assert orders.drops == set()
+
+
+def test_a_paused_engine_has_nothing_to_do_and_runs_no_pass(host: Host) -> None:
+    host.add("a")
+    host.add("plain", budget=None, tokens=BLOCK)
+    _, orders = host.step()
+    assert not orders.paused
+    host.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert not host.scheduler.has_requests()
+    # A client that leaves has the engine step none the less.
+    host.scheduler.finish_requests("plain", ABORTED)
+    output, orders = host.step()
+    assert output.total_num_scheduled_tokens == 0
+    assert orders.paused
+    host.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert host.scheduler.has_requests(), "a prompt that holds blocks is waited for"
+    _, orders = host.step()
+    assert not orders.paused
+    host.scheduler.set_pause_state(PauseState.UNPAUSED)
+    (output,) = finish(host, "a")
+    assert str(output.finish_reason) == "length"
+
+
+def test_pauses_and_resets_go_through_the_wrapped_methods() -> None:
+    assert in_order(
+        source(EngineCore.reset_prefix_cache),
+        "self.scheduler.reset_prefix_cache(reset_running_requests, reset_connector)",
+    )
+    assert "self.scheduler.set_pause_state(" in source(EngineCore.pause_scheduler)
+    assert "self.scheduler.set_pause_state(" in source(EngineCore.resume_scheduler)
+    assert parameters(EngineCore.abort_requests) == ("self", "request_ids")
+    assert "self.scheduler.finish_requests(" in source(EngineCore.abort_requests)
+
+
+def test_reports_pass_the_connector_before_vllm_reads_them() -> None:
+    """It takes late ones of dropped jobs out; vLLM would fail on them."""
+    assert in_order(
+        source(Scheduler._update_from_kv_xfer_finished),
+        "self.connector.update_connector_output(kv_connector_output)",
+        "for req_id in kv_connector_output.finished_recving or ()",
+        "assert req_id in self.requests",
+    )
+    # A failed one is looked at before, and passed over unless its request loads.
+    assert "request.status == RequestStatus.WAITING_FOR_REMOTE_KVS" in source(
+        Scheduler._handle_failed_recving
+    )
+
+
+def test_other_connectors_are_let_be(host: Host) -> None:
+    """An engine of the same process without a policy."""
+    host.add("a")
+    host.step()
+    scheduler = host.scheduler
+    del scheduler.connector.scheduler_side
+    scheduler.connector.request_finished_all_groups = (  # type: ignore[method-assign]
+        lambda request, block_ids: (False, None)
+    )
+    with pytest.raises(RuntimeError, match="not supported yet"):
+        scheduler.reset_prefix_cache(reset_running_requests=True)
+    scheduler.finish_requests("a", ABORTED)
+    assert "a" in scheduler.requests
