@@ -214,6 +214,21 @@ def test_pyramidinfer_leaves_a_fifth_to_the_last_of_32_layers() -> None:
     assert 0.2 < context / 10_000 < 0.25
 
 
+@pytest.mark.parametrize("beside", [1, 2, 3, 4, 5])
+def test_pyramidinfer_keeps_the_first_tokens_at_every_budget(beside: int) -> None:
+    """Four, or as many as there is room for beside the window, in this order."""
+    config = AslConfig(policy="pyramidinfer", window=WINDOW)
+    policy = make_policy(
+        "pyramidinfer", config, num_layers=16, kept_tokens=beside + WINDOW
+    )
+    scores = torch.rand(KV_HEADS, PREFIX)
+    scores[:, 50] = 5
+    kept = ask(policy, 0, scores).kept
+    assert isinstance(kept, Tensor)
+    first = [0, 1, 2, 3, 50][:beside]
+    assert kept[:, :beside].tolist() == [first] * KV_HEADS
+
+
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.01])
 def test_pyramidinfer_sends_fewer_deeper_at_each_layer(decay: float) -> None:
     policy = make("pyramidinfer", decay_ratio=decay)

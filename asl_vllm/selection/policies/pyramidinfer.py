@@ -10,7 +10,7 @@ from torch import Tensor
 from asl_vllm.selection.policies.base import LayerDecision, Policy
 
 _SINKS = 4
-"""First tokens that always stay, as in the published configurations."""
+"""First tokens that stay before any other, as in the published configurations."""
 _LAST_ROW_WEIGHT = 1.2
 """Weight of the window's last row against its first's, likewise."""
 
@@ -47,7 +47,9 @@ class PyramidInferPolicy(Policy):
     ) -> LayerDecision:
         """See `Policy.decide`; all KV heads keep the same tokens."""
         ranked = layer_score.clone()
-        ranked[:_SINKS] = torch.finfo(ranked.dtype).max
+        # The first before the others: fewer than four may have room beside the window.
+        places = torch.arange(1, 1 + len(ranked[:_SINKS]), device=ranked.device)
+        ranked[:_SINKS] = torch.finfo(ranked.dtype).max / places
         kept = self.best_tokens(ranked).repeat(len(head_scores), 1)
         context = len(ranked)
         count = max(self.kept_tokens - self.tail, int(context * self._share(layer)))

@@ -108,8 +108,9 @@ def pyramidinfer(
     """arXiv 2405.12532; github.com/mutonix/pyramidinfer (prefill stage, cosine).
 
     Attention of the last rows, weighted 1 to 1.2, averaged over heads and rows; four
-    sinks. There a fifth of the prompt are such rows, here W; there a layer's cache
-    holds its whole input and 64 tokens are the least that goes deeper, here k for both.
+    sinks, the earliest where fewer have room. There a fifth of the prompt are such
+    rows, here W; there a layer's cache holds its whole input and 64 tokens are the
+    least that goes deeper, here k for both.
     """
     ids, num_prompt = torch.tensor(prompt_ids), len(prompt_ids)
     num_layers = model.config.num_layers
@@ -123,7 +124,8 @@ def pyramidinfer(
         attention = _attention(out.q[-window:], out.k).mean(0)[:, :context]
         weighted = attention * torch.linspace(1.0, 1.2, window)[:, None]
         score = weighted.mean(0)
-        score[:4] = torch.finfo(score.dtype).max
+        sinks = torch.arange(1, 1 + len(score[:4]))
+        score[:4] = torch.finfo(score.dtype).max / sinks
         keep = with_window(score, kept - window, num_tokens)
         result.kept_per_layer.append(positions[keep].expand(out.k.shape[1], -1))
         cache.append((out.k[keep], out.v[keep]))
