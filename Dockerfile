@@ -13,7 +13,7 @@ COPY kernels kernels
 COPY server server
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-# 0.32: asl_vllm refuses any other minor version.
+# A release of a line that asl_vllm works with (asl_vllm/engine/lines.py).
 FROM vllm/vllm-openai:v0.32.0
 
 # --no-deps: vLLM, torch and all else are the base image's. The check ends the build

@@ -108,7 +108,7 @@ def step(number: int, of: int, what: str) -> None:
 
 def install_gpu() -> None:
     """VLLM's ordinary build, as pyproject.toml says."""
-    step(1, 2, "vllm 0.32, torch for CUDA, this project and its tools")
+    step(1, 2, "vllm, torch for CUDA, this project and its tools")
     pip_install("--editable", ".[gpu,dev]", "--editable", str(TESTING))
 
     step(2, 2, "bytecode")

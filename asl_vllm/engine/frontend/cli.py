@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -148,24 +149,37 @@ def _carry_when_parsed(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
-def install() -> None:
-    """Wraps the two methods of ``EngineArgs``; idempotent."""
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser our options and has it `carry` what it parses."""
+    add_options(parser)
+    _carry_when_parsed(parser)
 
-    def wrap_add(original: Any) -> Any:
+
+def install_options(
+    declare: Callable[[argparse.ArgumentParser], None] = declare,
+) -> None:
+    """Wraps ``EngineArgs.add_cli_args``; idempotent."""
+
+    def wrap(original: Any) -> Any:
         def add_cli_args(parser: Any) -> Any:
             parser = original(parser)
-            add_options(parser)
-            _carry_when_parsed(parser)
+            declare(parser)
             return parser
 
         return add_cli_args
 
-    def wrap_from(original: Any) -> Any:
+    wrap_method(EngineArgs, "add_cli_args", ("parser",), wrap)
+
+
+def install() -> None:
+    """Wraps the two methods of ``EngineArgs``; idempotent."""
+
+    def wrap(original: Any) -> Any:
         def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> Any:
             carry(args)
             return original(cls, args)
 
         return from_cli_args
 
-    wrap_method(EngineArgs, "add_cli_args", ("parser",), wrap_add)
-    wrap_method(EngineArgs, "from_cli_args", ("cls", "args"), wrap_from)
+    install_options()
+    wrap_method(EngineArgs, "from_cli_args", ("cls", "args"), wrap)

@@ -12,8 +12,9 @@ from typing import Any
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from asl_vllm.engine.frontend import request
-from asl_vllm.engine.patching import wrap_method
+from asl_vllm.config import AslConfig
+from asl_vllm.engine.frontend import request, standby, usage
+from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
 from asl_vllm.engine.settings import config_of_additional
 from asl_vllm.selection.policies import installed_policies
 
@@ -87,6 +88,17 @@ def _release_backends() -> None:
         attention.uninstall()
 
 
+def _check_replies(config: AslConfig) -> None:
+    """Refuses a policy if vLLM is not what reports in replies need.
+
+    They are installed when an HTTP application is built, which is late to find out.
+    """
+    try:
+        check(usage.install)
+    except UpstreamDriftError as drift:
+        raise standby.refusal(config, str(drift)) from drift
+
+
 def install() -> None:
     """Wraps ``EngineArgs.create_engine_config``; idempotent."""
 
@@ -98,6 +110,7 @@ def install() -> None:
             if config.enabled:
                 # Before the model is looked at: a bad one ends the start.
                 installed_policies()
+                _check_replies(config)
                 _take_connector(self)
             else:
                 _release_backends()

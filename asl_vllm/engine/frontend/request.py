@@ -19,7 +19,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from asl_vllm.engine import settings
 from asl_vllm.engine.frontend.admission import check_fields, check_request, refuse
 from asl_vllm.engine.frontend.fields import FIELDS
-from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.patching import change, wrap_method
 from asl_vllm.selection.budget import shown
 
 _served: VllmConfig | None = None
@@ -43,19 +43,23 @@ def served() -> VllmConfig | None:
 def _add_fields(model: type) -> None:
     """Adds our fields to a pydantic request model; idempotent."""
     fields = model.model_fields  # type: ignore[attr-defined]
-    missing = [field for field in FIELDS if field.name not in fields]
-    for field in missing:
-        info: FieldInfo = Field(  # type: ignore[assignment]
-            default=None,
-            description=field.description,
-            json_schema_extra=field.schema,
-        )
-        # Any, so that one validation judges values as they were sent.
-        info.annotation = Any
-        fields[field.name] = info
-        model.__annotations__[field.name] = Any
-    if missing:
-        model.model_rebuild(force=True)  # type: ignore[attr-defined]
+
+    def declare() -> None:
+        missing = [field for field in FIELDS if field.name not in fields]
+        for field in missing:
+            info: FieldInfo = Field(  # type: ignore[assignment]
+                default=None,
+                description=field.description,
+                json_schema_extra=field.schema,
+            )
+            # Any, so that one validation judges values as they were sent.
+            info.annotation = Any
+            fields[field.name] = info
+            model.__annotations__[field.name] = Any
+        if missing:
+            model.model_rebuild(force=True)  # type: ignore[attr-defined]
+
+    change(declare)
 
     def wrap(original: Any) -> Any:
         def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:

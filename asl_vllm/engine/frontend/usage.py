@@ -22,7 +22,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 
-from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.patching import together, wrap_method
 from asl_vllm.engine.result import sequence_usage
 
 USAGE_FIELD = "kv_cache"
@@ -107,6 +107,7 @@ def collect() -> Iterator[RequestUsage]:
         _current.reset(token)
 
 
+@together()
 def install() -> None:
     """Wraps the touch points; idempotent. For front ends with a policy only."""
     from vllm.entrypoints.openai.responses.protocol import ResponseUsage
