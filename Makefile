@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Engine tests that the lane without engines takes at its end: so both end together.
-LATE := $(patsubst %,tests/e2e/test_%.py,stock retrieval features model_runner_v2 quantised)
+# Two at a time: most tests keep one core busy, and an engine takes gigabytes. A file's
+# tests stay together; tests/conftest.py puts the long ones first.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-units test-engines fuzz soak audit bench format lint clean
+.PHONY: help setup demo test fuzz soak audit bench format lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -20,17 +21,9 @@ demo: setup ## Serve the small model and ask it one question under several budge
 test: setup ## Lint, check types and run every test
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	@# Side by side: most tests keep one core busy.
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-units test-engines
-
-test-units:
 	@# Apart: vLLM must not see an interpreted Triton.
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
-	$(BIN)/python -m pytest --ignore=tests/e2e
-	$(BIN)/python -m pytest $(LATE)
-
-test-engines:
-	$(BIN)/python -m pytest tests/e2e $(addprefix --ignore=,$(LATE))
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	$(PYTEST) --ignore=tests/triton
 
 bench: setup ## Measure side by side with stock vLLM (one to two hours on two cores)
 	$(BIN)/python -m benchmarks

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results_file
 from benchmarks.bench import Bench
 from benchmarks.experiments import EXPERIMENTS
 from benchmarks.report import markdown, text_table, title_and_text
@@ -102,7 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(text_table(name, rows))
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            results_file.write(args.output, results)
     return results
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.experiments import EXPERIMENTS
 
 Row = dict[str, Any]
@@ -61,18 +62,14 @@ def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
         ]
         parts += [f"## {title}", text, "\n".join(lines)]
         if hasattr(EXPERIMENTS[name], "PLOT"):
-            plot(name, rows, images / f"{name}.svg")
-            parts.append(f"![{title}]({relative}/{name}.svg)")
+            plot(name, rows, images / f"{name}.png")
+            parts.append(f"![{title}]({relative}/{name}.png)")
     return "\n\n".join(parts) + "\n"
 
 
 def plot(name: str, rows: Sequence[Row], path: Path) -> None:
-    """A line plot of an experiment as SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = name  # the same rows give the same file
-    from matplotlib import pyplot
+    """A line plot of an experiment as PNG."""
+    pyplot = plots.pyplot()
 
     axes_of = EXPERIMENTS[name].PLOT
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -92,6 +89,4 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("ours / stock" if axes_of["y"] == "ratio" else axes_of["y"])
     axes.set_title(title_and_text(name)[0])
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    plots.save(figure, path)

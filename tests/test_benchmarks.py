@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from asl_vllm_testing import ROOT
+from benchmarks import results_file
 from benchmarks.__main__ import begun
 from benchmarks.report import markdown
 
@@ -52,6 +54,24 @@ def test_page_has_tables_in_order_and_plots(tmp_path: Path) -> None:
     assert page.index("## Cost growth") < page.index("## Where pruning loses")
     assert "| w | 8 | 4 | 1 | 2 | 2 |" in page
     assert "P, 2 cores, float32, full sizes; torch 1; 2026-01-02." in page
-    assert "(images/growth.svg)" in page
-    assert (tmp_path / "images" / "growth.svg").stat().st_size
-    assert not (tmp_path / "images" / "losing.svg").exists()
+    assert "(images/growth.png)" in page
+    assert (tmp_path / "images" / "growth.png").stat().st_size
+    assert not (tmp_path / "images" / "losing.png").exists()
+
+
+def test_results_are_written_a_row_a_line(tmp_path: Path) -> None:
+    results = {"machine": MACHINE, "experiments": ROWS, "failed": 0}
+    path = tmp_path / "results.json"
+    results_file.write(path, results)
+    text = path.read_text()
+    assert json.loads(text) == results
+    for row in (row for rows in ROWS.values() for row in rows):
+        assert json.dumps(row) in text.splitlines()
+
+
+@pytest.mark.parametrize(
+    "path", (ROOT / "benchmarks" / "results").glob("*.json"), ids=lambda p: p.stem
+)
+def test_results_in_the_repository_are_as_written(path: Path) -> None:
+    text = path.read_text()
+    assert text == results_file.text(json.loads(text)) + "\n"

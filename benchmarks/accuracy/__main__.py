@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks import results_file
 from benchmarks.accuracy import direct, report
 from benchmarks.accuracy.cells import (
     CellError,
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run, records = read(replies_path(args.output))
     rows = summary(records)
     results = {"run": run, "cells": rows, "failed": len(failures)}
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    results_file.write(args.output, results)
     if rows:
         print(report.text(rows))
         if args.page:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.accuracy.cells import FULL
 from benchmarks.accuracy.summary import Row
 
@@ -107,7 +108,7 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], images: Path) -> str:
                 markdown_table(table(choosing, layer_cell)),
             ]
         if any(row["work"] is not None for row in own):
-            name = f"accuracy-{length}.svg"
+            name = f"accuracy-{length}.png"
             plot(own, images / name)
             parts += [
                 "Work: token-layers that the prefill computes, as a share of an "
@@ -119,12 +120,8 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], images: Path) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against work as SVG: a panel for each task, a line for each policy."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same rows, the same file
-    from matplotlib import pyplot
+    """Accuracy against work as PNG: a panel for each task, a line for each policy."""
+    pyplot = plots.pyplot()
 
     rows = [row for row in rows if row["work"] is not None]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -187,6 +184,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.legend(
         list(handles.values()), list(handles), loc="outside right upper", frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    plots.save(figure, path)

@@ -74,7 +74,7 @@ def test_a_run(server: FakeServer, tmp_path: Path) -> None:
     assert rows["recency"]["work"] == pytest.approx(76 / 396)
     assert rows["recency"]["kept_tokens"] == 76
     assert page.read_text().count("\n| asl | 100 |") == 3
-    assert (tmp_path / "images" / "accuracy-400.svg").exists()
+    assert (tmp_path / "images" / "accuracy-400.png").exists()
     output.unlink()
     assert ask(server, output, "--render", page=str(page)) == 0
     assert json.loads(output.read_text()) == results

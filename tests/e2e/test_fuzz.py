@@ -11,6 +11,8 @@ from tests.fuzzing.bodies import mutated, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 from tests.fuzzing.stock import is_stock
 
+pytestmark = pytest.mark.xdist_group("servers")
+
 SEED = 1
 
 

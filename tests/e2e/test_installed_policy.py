@@ -6,8 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from asl_vllm_testing import policy_package
 from asl_vllm_testing.server import serve
+
+pytestmark = pytest.mark.xdist_group("servers")
 
 PROMPT = list(range(4, 504))
 
