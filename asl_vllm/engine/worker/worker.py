@@ -1,8 +1,9 @@
 """vLLM's workers with the memory and the model of pruned prefills.
 
 Touch points: ``parallel_config.worker_cls`` names one of these subclasses;
-`load_model` reserves the memory before vLLM sizes the KV pool and
-`initialize_from_config` hands a `PrefillQueue` to the connector.
+`load_model` reserves the memory before vLLM sizes the KV pool,
+`initialize_from_config` hands a `PrefillQueue` to the connector, and
+`compile_or_warm_up_model` runs prefills before there are requests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
 from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.engine.worker.warm_up import warm_up
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
 from asl_vllm.selection.policies import installed_policies
 
@@ -104,7 +106,7 @@ class PrefillWorkerMixin:
             self._scratch,
         )
 
-        factory = PrefillFactory(
+        self._factory = PrefillFactory(
             decoder,
             self._buffers,
             settings.config_of(self.vllm_config),
@@ -112,7 +114,15 @@ class PrefillWorkerMixin:
         )
         connector = get_kv_transfer_group()
         assert isinstance(connector, AslConnector)
-        connector.bind_prefill_queue(PrefillQueue(factory))
+        connector.bind_prefill_queue(PrefillQueue(self._factory))
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Has all that prefills compile compiled, before vLLM does so with its own."""
+        # On a CPU there is nothing to compile.
+        if self.device.type == "cuda":
+            bands = settings.bands_of(self.vllm_config).count
+            warm_up(self._factory, installed_policies(), bands)
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def _check_pages(self) -> None:
         """Refuses pools whose blocks are split for the attention kernels."""
