@@ -45,6 +45,7 @@ class PrefillWorkerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
+        self._check_scales()
         self._prefill_spec = self._one_spec()
         capacity = settings.prefill_capacity(self.vllm_config)
         config = settings.config_of(self.vllm_config)
@@ -135,6 +136,16 @@ class PrefillWorkerMixin:
                     f"blocks of {self._prefill_spec.block_size} tokens, shape {ours}, "
                     f"in kernel blocks of shape {pool}",
                     "choose the kernels' --block-size",
+                )
+
+    def _check_scales(self) -> None:
+        """Refuses FP8 queries that are divided by a scale of each head."""
+        for layer in attention_layers(self.model_runner.get_model()):
+            if layer.query_quant is not None and layer._q_scale.numel() > 1:
+                raise UnsupportedError(
+                    "FP8 queries with one scale a layer",
+                    f"{layer._q_scale.numel()} scales in {layer.layer_name}",
+                    "use a checkpoint with per-tensor scales, or --kv-cache-dtype auto",
                 )
 
     def _one_spec(self) -> AttentionSpec:
