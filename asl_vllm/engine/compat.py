@@ -90,6 +90,7 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             "--kv-bands with --disable-hybrid-kv-cache-manager",
             "drop one of the two",
         )
+    yield from _memory_obstacles(vllm_config)
     if vllm_config.lora_config is not None:
         yield ("one set of weights", "--enable-lora", "drop it or merge the adapter")
     if envs.VLLM_USE_RUST_FRONTEND:
@@ -97,6 +98,28 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             "the Python API server, which validates kv_budget",
             "VLLM_USE_RUST_FRONTEND=1",
             "unset it",
+        )
+
+
+def _memory_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype.endswith("per_token_head"):
+        # Its scales lie beside the pool, where a pass over other pages finds them.
+        yield (
+            "a KV cache without scales of each token and head",
+            f"--kv-cache-dtype {cache_dtype}",
+            "use auto or fp8",
+        )
+    offload = vllm_config.offload_config
+    chosen = offload.offload_backend
+    groups = offload.prefetch.offload_group_size
+    if chosen == "prefetch" or (chosen == "auto" and groups > 0):
+        # It loads the weights of the next layer in turn, and passes take no turns.
+        yield (
+            "layers whose weights are on the device when they are called",
+            "prefetched weight offloading (--offload-backend prefetch, "
+            "--offload-group-size)",
+            "use --cpu-offload-gb, or drop it",
         )
 
 
@@ -134,11 +157,14 @@ def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
         bands_of(vllm_config)
     except ValueError as error:
         raise ConfigError(f"--kv-bands: {error}") from None
-    most = pass_token_layers(vllm_config)
+    step = vllm_config.scheduler_config.max_num_batched_tokens
+    # vLLM reserves memory for the activations of a step's tokens.
+    most = min(pass_token_layers(vllm_config), step)
     if config.chunk_tokens is not None and config.chunk_tokens > most:
         raise ConfigError(
-            f"chunk_tokens: got {config.chunk_tokens}; allowed: up to {most}, which is "
-            f"pass_share={config.pass_share} of a step; raise pass_share, or leave "
+            f"chunk_tokens: got {config.chunk_tokens}; allowed: up to {most}, the "
+            f"lesser of --max-num-batched-tokens ({step}) and what "
+            f"pass_share={config.pass_share} leaves of a step; raise these, or leave "
             "chunk_tokens out."
         )
     minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)

@@ -10,7 +10,7 @@ from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.factory import PrefillFactory
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
-from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.model import DecoderModel, Verdict
 from asl_vllm.prefill.passes import Prefill
 from asl_vllm.prefill.queue import PrefillOutcome, PrefillQueue
 from asl_vllm.prefill.shape import ModelShape
@@ -32,4 +32,5 @@ __all__ = [
     "PrefillQueue",
     "PrefillReport",
     "RankLostError",
+    "Verdict",
 ]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Protocol
 
 import torch
 
 from asl_vllm.prefill.shape import ModelShape
 from asl_vllm.prefill.tap import LayerTap
+
+
+class Verdict(enum.Enum):
+    """What an exchange among ranks comes to, the same on each."""
+
+    SAME = "same"
+    DIFFERENT = "different"
+    FAILED = "failed"
 
 
 class DecoderModel(Protocol):
@@ -51,14 +60,18 @@ class DecoderModel(Protocol):
         """The factor on q k^T of a layer, usually 1/sqrt(head_dim)."""
         ...
 
-    def ranks_agree(self, value: int) -> bool:
-        """Whether all tensor-parallel ranks came with this value; the same on each."""
+    @property
+    def num_ranks(self) -> int:
+        """Tensor-parallel ranks."""
         ...
 
     def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:
         """Sums a [T] score over the tensor-parallel ranks; the same on each."""
         ...
 
-    def any_rank_failed(self, failed: bool) -> bool:
-        """Whether any tensor-parallel rank passes True; every rank must ask."""
+    def exchange(self, failed: bool, digest: bytes) -> Verdict:
+        """Tells all ranks whether this one failed, and if none did compares ``digest``.
+
+        ``digest``: 32 bytes, or none, which equals none only. Every rank must ask.
+        """
         ...

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from asl_kernels.gather_kept import gather_kept
-from asl_vllm.prefill.agreement import agreed
+from asl_vllm.prefill.agreement import (
+    RanksDifferError,
+    agreed,
+    digest_of,
+    unexchanged,
+)
 from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.tap import LayerTap
-from asl_vllm.selection.deciding import decide
+from asl_vllm.selection.deciding import FiniteCheck, decide
 from asl_vllm.selection.errors import SelectionError
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
 _ALL = LayerDecision(Keep.ALL)
 
 
-def _checksum(tokens: torch.Tensor | Keep) -> int:
-    """A number that differs where tokens, or their order, do; 0 for all of them."""
-    if isinstance(tokens, Keep):
-        return 0
-    place = torch.arange(1, len(tokens) + 1, device=tokens.device)
-    return int(((tokens + 1) * place).sum())
+def _on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 numbers on the device. Does not wait for it."""
+    pin = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pin).to(
+        device, non_blocking=True
+    )
 
 
 class Prefill:
@@ -64,15 +70,13 @@ class Prefill:
         self._bands = Bands(model.shape.num_layers, job.bands)
         self._pruned_bands = 0 if job.keep_shallow else job.bands
         self._deeper: torch.Tensor | None = None
+        self._finite = FiniteCheck()
         self.computed_token_layers = 0
         self._started = time.perf_counter()
         device = model.shape.device
-        self._token_ids = torch.tensor(
-            job.prompt_token_ids, dtype=torch.int64, device=device
-        )
+        self._token_ids = _on_device(job.prompt_token_ids, device)
         self._positions = torch.arange(job.num_prompt_tokens, device=device)
-        slots = torch.tensor(job.slots, dtype=torch.int64, device=device)
-        self._slots = slots.view(job.bands, -1)
+        self._slots = _on_device(job.slots, device).view(job.bands, -1)
 
     @property
     def done(self) -> bool:
@@ -152,16 +156,40 @@ class Prefill:
     def _finish_layer(self) -> None:
         keys = self._buffers.keys[: self._num_rows]
         values = self._buffers.values[: self._num_rows]
-        # Before the next layer, where ranks meet in the model's own collectives.
-        with agreed(self._model):
-            self._keep_and_send_deeper(keys, values)
-        assert not self.done or self._written_layers == self._layer
+        # Where tokens are selected but a band's end is awaited, nothing is asked; and
+        # a layer of k tokens keeps them all.
+        if self._deeper is not None or self._num_rows == self.job.kept_tokens:
+            with unexchanged(self._model):
+                self._keep_and_send_deeper(_ALL, keys, values)
+        else:
+            self._ask_about_layer(keys, values)
+        if self.done:
+            assert self._written_layers == self._layer
+            self._finite.read()
 
-    def _keep_and_send_deeper(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _ask_about_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Does what the policy decides about the layer, on all ranks or on none."""
+        layer = self._layer
+        try:
+            # Before the next layer, where ranks meet in the model's own collectives.
+            with agreed(self._model) as brought:
+                decision = self._decide(keys)
+                deeper = decision.deeper
+                if isinstance(deeper, torch.Tensor) and self._model.num_ranks > 1:
+                    brought.digest = digest_of(deeper)
+                self._keep_and_send_deeper(decision, keys, values)
+        except RanksDifferError as error:
+            raise SelectionError(
+                f"layer {layer}: tensor-parallel ranks decided differently about the "
+                "tokens that go deeper, so the prompt's cache would not fit together; "
+                "their scores must be sums over all ranks."
+            ) from error
+
+    def _keep_and_send_deeper(
+        self, decision: LayerDecision, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         """Writes what the layer keeps and leaves the tokens that go deeper."""
         layer = self._layer
-        # Where tokens are selected but a band's end is awaited, nothing is asked.
-        decision = self._decide(keys) if self._deeper is None else _ALL
         if self._keeps_all or decision.kept is Keep.ALL:
             self._write(keys, values)
         elif isinstance(decision.kept, torch.Tensor):
@@ -180,34 +208,33 @@ class Prefill:
             self._go_deeper(layer)
 
     def _decide(self, keys: torch.Tensor) -> LayerDecision:
-        """What becomes of the layer's tokens; where they are k, all stay."""
-        if self._num_rows == self.job.kept_tokens:
-            return _ALL
-        # Before the ranks meet in the sum.
-        with agreed(self._model):
+        """What becomes of the layer's tokens."""
+        scores = None
+        try:
             scores = self._policy.score(
                 self._layer,
                 self._buffers.window_queries,
                 keys,
                 self._model.attention_scale(self._layer),
             )
+        finally:
+            # Other ranks sum scores, if this one has none or failed: it joins them.
+            if scores is None and self._model.num_ranks > 1:
+                columns = self._num_rows - self._policy.tail
+                nothing = torch.zeros(columns, dtype=torch.float32, device=keys.device)
+                self._model.sum_over_ranks(nothing)
         if scores is None:
             return LayerDecision(Keep.NONE)
         head_scores, layer_score = scores
         layer_score = self._model.sum_over_ranks(layer_score)
-        # Before they meet in comparing.
-        with agreed(self._model):
-            decision = decide(
-                self._policy, self._layer, self._num_rows, layer_score, head_scores
-            )
-            checksum = _checksum(decision.deeper)
-        if not self._model.ranks_agree(checksum):
-            raise SelectionError(
-                f"layer {self._layer}: tensor-parallel ranks decided differently about "
-                "the tokens that go deeper, so the prompt's cache would not fit "
-                "together; their scores must be sums over all ranks."
-            )
-        return decision
+        return decide(
+            self._policy,
+            self._layer,
+            self._num_rows,
+            layer_score,
+            head_scores,
+            self._finite,
+        )
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # The last row is the last prompt token: the engine's own step computes it.

@@ -9,12 +9,58 @@ from asl_vllm.selection.errors import SelectionError
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
 
+class FiniteCheck:
+    """Whether a prompt's scores are finite, known to the host only where it must be.
+
+    Looking makes the host wait for the device, so layers are looked at together.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[int] = []
+        self._flags: list[Tensor] = []
+
+    def add(self, layer: int, *scores: Tensor) -> None:
+        """Scores of a layer, to be looked at later. Never waits for the device."""
+        flags = [tensor.isfinite().all() for tensor in scores]
+        self._layers.append(layer)
+        self._flags.append(torch.stack(flags).all().double())
+
+    def read(self, value: Tensor | None = None) -> float | None:
+        """Looks at what was added, and reads ``value``: at most one host sync.
+
+        Raises:
+            SelectionError: Scores are not finite.
+        """
+        if not self._flags and value is None:
+            return None
+        extra = [] if value is None else [value.double()]
+        numbers = torch.stack([*self._flags, *extra]).tolist()
+        layers = self._layers
+        self._layers, self._flags = [], []
+        for layer, is_finite in zip(layers, numbers, strict=False):
+            if not is_finite:
+                raise SelectionError(
+                    f"layer {layer}: the attention scores are not finite; the model's "
+                    "queries or keys overflow, so no tokens can be selected."
+                )
+        return None if value is None else float(numbers[-1])
+
+
 def decide(
-    policy: Policy, layer: int, tokens: int, layer_score: Tensor, head_scores: Tensor
+    policy: Policy,
+    layer: int,
+    tokens: int,
+    layer_score: Tensor,
+    head_scores: Tensor,
+    finite: FiniteCheck | None = None,
 ) -> LayerDecision:
     """A policy's decision about a layer of M ``tokens`` (see `Policy.decide`), checked.
 
-    Synchronises with the host once; of a decision's tokens only the shape is checked.
+    Of a decision's tokens only the shape is checked.
+
+    With ``finite`` it synchronises with the host only where the policy observes a
+    number or selects tokens. Elsewhere ``finite`` is left to be read; until then, what
+    was decided may come of scores that are not finite. Without, it reads each layer's.
 
     Raises:
         SelectionError: Scores are not finite, or scores or the decision do not fit the
@@ -28,27 +74,16 @@ def decide(
     ):
         if scores.shape != shape:
             raise _refusal(policy, layer, name, scores, f"float32 {list(shape)}")
+    check = FiniteCheck() if finite is None else finite
+    check.add(layer, layer_score, head_scores)
     observed = policy.observe(layer, layer_score)
-    number = _read(layer, layer_score, head_scores, observed)
+    read_now = finite is None or observed is not None
+    number = check.read(observed) if read_now else None
     decision = policy.decide(layer, layer_score, head_scores, number)
     _check(policy, layer, decision, kv_heads, tokens)
+    if isinstance(decision.deeper, Tensor):
+        check.read()
     return decision
-
-
-def _read(
-    layer: int, layer_score: Tensor, head_scores: Tensor, observed: Tensor | None
-) -> float | None:
-    """Reads ``observed`` if the scores are finite: the layer's one host sync."""
-    finite = layer_score.isfinite().all() & head_scores.isfinite().all()
-    flag = finite.double()
-    numbers = flag.reshape(1) if observed is None else torch.stack([flag, observed])
-    is_finite, *rest = numbers.tolist()
-    if not is_finite:
-        raise SelectionError(
-            f"layer {layer}: the attention scores are not finite; the model's "
-            "queries or keys overflow, so no tokens can be selected."
-        )
-    return float(rest[0]) if rest else None
 
 
 def _check(

@@ -10,7 +10,7 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
     """Positions of the ``count`` highest scores; of equal ones the later are taken.
 
     Args:
-        scores: ``[..., T]``, finite.
+        scores: ``[..., T]``, finite. Of others the result is tokens, but any.
         count: 1 to T.
 
     Returns:
@@ -33,7 +33,8 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
     # The i-th token that stays goes to slot i; the others all to a slot cut off.
     slot = torch.where(stays, stays.cumsum(dim=-1) - 1, count)
     position = torch.arange(tokens, device=scores.device).expand_as(slot)
-    kept = torch.empty(
+    # Not empty: with NaN among the scores fewer stay, and every slot must be a token.
+    kept = torch.zeros(
         *scores.shape[:-1], count + 1, dtype=torch.int64, device=scores.device
     )
     return kept.scatter_(-1, slot, position)[..., :count]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asl_kernels.rank_variance import descending_ranks
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.deciding import decide
+from asl_vllm.selection.deciding import FiniteCheck, decide
 from asl_vllm.selection.policies import make_policy
 
 
@@ -75,6 +75,7 @@ def replay(
     policy = make_policy(
         config.policy, config, num_layers=num_layers or given, kept_tokens=budget
     )
+    finite = FiniteCheck()
     ranks: list[Tensor] = []
     ratios: list[float] = []
     kept: list[Tensor] = []
@@ -88,7 +89,9 @@ def replay(
         if scores is None:
             continue
         head_scores, layer_score = scores
-        decision = decide(policy, layer, keys.shape[2], layer_score, head_scores)
+        decision = decide(
+            policy, layer, keys.shape[2], layer_score, head_scores, finite
+        )
         ranks.append(descending_ranks(layer_score))
         if isinstance(decision.kept, Tensor):
             kept.append(decision.kept)
@@ -102,6 +105,7 @@ def replay(
                 tuple(kept),
                 decision.deeper,
             )
+    finite.read()
     if not ranks:
         raise ValueError(
             f"window_queries, keys: got {given} layers, of which {config.policy} looks "

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asl_vllm.prefill import LayerTap, ModelShape
+from asl_vllm.prefill import LayerTap, ModelShape, Verdict
 from asl_vllm_testing.oracle.model import LayerOutput, TinyDecoder
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -206,14 +206,15 @@ class SharedLayers:
         scale: float = self.shape.head_dim**-0.5
         return scale
 
-    def ranks_agree(self, value: int) -> bool:
-        """There is one rank."""
-        return True
-
     def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
         """There is one rank."""
         return layer_score
 
-    def any_rank_failed(self, failed: bool) -> bool:
+    @property
+    def num_ranks(self) -> int:
         """There is one rank."""
-        return failed
+        return 1
+
+    def exchange(self, failed: bool, digest: bytes) -> Verdict:
+        """There is one rank."""
+        return Verdict.FAILED if failed else Verdict.SAME

@@ -16,6 +16,7 @@ from asl_vllm.prefill import (
     PrefillFactory,
     PrefillJob,
     PrefillReport,
+    Verdict,
 )
 from asl_vllm.selection.policies import LayerDecision, Policy, make_policy
 
@@ -61,9 +62,10 @@ class ToyDecoder:
     values: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
     written: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    checked: list[int] = field(default_factory=list)
-    other_rank: list[int] | None = None
-    """What another rank says where ranks must agree; None: there is none."""
+    digests: list[bytes] = field(default_factory=list)
+    """What was brought to each exchange."""
+    other_rank: list[bytes] | None = None
+    """What another rank brings to each; None: there is none."""
     poison: set[int] = field(default_factory=set)
     """Layers of which the tap is shown one chunk of NaN keys, once."""
 
@@ -151,16 +153,20 @@ class ToyDecoder:
     def attention_scale(self, layer: int) -> float:
         return self.shape.head_dim**-0.5
 
-    def any_rank_failed(self, failed: bool) -> bool:
-        return failed
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.other_rank is None else 2
 
     def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
         return layer_score
 
-    def ranks_agree(self, value: int) -> bool:
-        self.checked.append(value)
+    def exchange(self, failed: bool, digest: bytes) -> Verdict:
+        self.digests.append(digest)
         other = self.other_rank
-        return other is None or other[len(self.checked) - 1] == value
+        if failed:
+            return Verdict.FAILED
+        same = other is None or other[len(self.digests) - 1] == digest
+        return Verdict.SAME if same else Verdict.DIFFERENT
 
 
 class RecordingPolicy(Policy):

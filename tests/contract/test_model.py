@@ -21,9 +21,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES
-from asl_vllm.engine.worker import decoder as model_module
-from asl_vllm.engine.worker.decoder import VllmDecoder
+from asl_vllm.engine.worker import ranks as ranks_module
+from asl_vllm.engine.worker.ranks import Ranks
 from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.prefill import Verdict
 from tests.contract.looking import in_order, parameters, source
 
 LAYERS = {
@@ -98,25 +99,46 @@ def test_a_forward_context_of_a_moe_model_waits_for_other_ranks() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("world_size", "other", "agree"), [(1, 8, True), (2, 7, True), (2, 8, False)]
-)
-def test_ranks_agree(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, other: int, agree: bool
-) -> None:
-    """Both ranks of a group get the greatest of what they send, sign by sign."""
-    group = SimpleNamespace(world_size=world_size, device_group="group")
-    monkeypatch.setattr(model_module, "get_tp_group", lambda: group)
+ONE, TWO = bytes(range(32)), bytes(range(1, 33))
 
-    def all_reduce(tensor: torch.Tensor, operation: Any, group: Any) -> None:
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "verdict"),
+    [
+        ((False, ONE), (False, ONE), Verdict.SAME),
+        ((False, b""), (False, b""), Verdict.SAME),
+        ((False, ONE), (False, TWO), Verdict.DIFFERENT),
+        ((False, b""), (False, bytes(32)), Verdict.DIFFERENT),
+        ((True, b""), (False, ONE), Verdict.FAILED),
+        ((False, ONE), (True, b""), Verdict.FAILED),
+        ((True, b""), (True, b""), Verdict.FAILED),
+    ],
+)
+def test_an_exchange_is_one_all_reduce(
+    monkeypatch: pytest.MonkeyPatch,
+    mine: tuple[bool, bytes],
+    theirs: tuple[bool, bytes],
+    verdict: Verdict,
+) -> None:
+    """Both ranks get the greatest of what they send, over the CPU group."""
+    group = SimpleNamespace(world_size=2, cpu_group="group")
+    monkeypatch.setattr(ranks_module, "get_tp_group", lambda: group)
+    sent: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor, operation: Any, group: Any) -> None:
         assert (operation, group) == (torch.distributed.ReduceOp.MAX, "group")
-        assert tensor.dtype == torch.int64
-        tensor.copy_(torch.maximum(tensor, torch.tensor([other, -other])))
+        sent.append(tensor.clone())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", note)
+    Ranks().exchange(*theirs)
+
+    def all_reduce(tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        tensor.copy_(torch.maximum(tensor, sent[0]))
+        sent.append(tensor)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    decoder = SimpleNamespace(shape=SimpleNamespace(device=torch.device("cpu")))
-    assert VllmDecoder.ranks_agree(decoder, 7) is agree  # type: ignore[arg-type]
-    assert {"world_size", "device_group"} <= set(GroupCoordinator.__annotations__)
+    assert Ranks().exchange(*mine) is verdict
+    assert len(sent) == 2
 
 
 def test_all_reduce_takes_a_tensor() -> None:

@@ -13,8 +13,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
 from asl_vllm.engine.scheduler.integrity import check_integrity
-from tests.contract.looking import in_order, parameters, source
-from tests.contract.test_scheduler import (
+from asl_vllm_testing.scheduler_host import (
     BLOCK,
     BUDGET,
     KEPT,
@@ -24,6 +23,7 @@ from tests.contract.test_scheduler import (
     report_of,
     states,
 )
+from tests.contract.looking import in_order, parameters, source
 
 ABORTED = RequestStatus.FINISHED_ABORTED
 

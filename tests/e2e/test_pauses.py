@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.server import MODEL_NAME, Server, serve
-from tests.oracle.tasks import needle
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import MODEL_NAME, Server, serve
 
 # Four passes of 64 tokens a step: the long prompt's prefill takes over 100 steps.
 CONFIG = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from asl_vllm.engine.worker import decoder as model_module
+from asl_vllm.engine.worker import ranks as ranks_module
 from asl_vllm.engine.worker.decoder import VllmDecoder
-from asl_vllm.prefill import RankLostError
+from asl_vllm.prefill import RankLostError, Verdict
 
 
 def fail(*args: Any, **kwargs: Any) -> Any:
@@ -24,15 +24,15 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> VllmDecoder:
     made: Any = VllmDecoder.__new__(VllmDecoder)
     made.shape = SimpleNamespace(device=torch.device("cpu"))
     made._embed = made._run_layer = fail
-    monkeypatch.setattr(model_module, "tensor_model_parallel_all_reduce", fail)
+    monkeypatch.setattr(ranks_module, "tensor_model_parallel_all_reduce", fail)
     monkeypatch.setattr(torch.distributed, "all_reduce", fail)
     decoder: VllmDecoder = made
     return decoder
 
 
 def with_ranks(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
-    group = SimpleNamespace(world_size=world_size, device_group="group")
-    monkeypatch.setattr(model_module, "get_tp_group", lambda: group)
+    group = SimpleNamespace(world_size=world_size, cpu_group="group")
+    monkeypatch.setattr(ranks_module, "get_tp_group", lambda: group)
 
 
 NOTHING: Any = None
@@ -40,7 +40,7 @@ TOGETHER: dict[str, Callable[[VllmDecoder], object]] = {
     "embed": lambda decoder: decoder.embed(NOTHING),
     "run_layer": lambda decoder: decoder.run_layer(0, NOTHING, NOTHING, 0, NOTHING),
     "sum_over_ranks": lambda decoder: decoder.sum_over_ranks(NOTHING),
-    "ranks_agree": lambda decoder: decoder.ranks_agree(7),
+    "exchange": lambda decoder: decoder.exchange(False, b""),
 }
 
 
@@ -66,4 +66,6 @@ def test_one_rank_alone_agrees_without_asking(
     monkeypatch: pytest.MonkeyPatch, decoder: VllmDecoder
 ) -> None:
     with_ranks(monkeypatch, 1)
-    assert decoder.ranks_agree(7)
+    assert decoder.num_ranks == 1
+    assert decoder.exchange(False, b"") is Verdict.SAME
+    assert decoder.exchange(True, b"") is Verdict.FAILED

@@ -155,6 +155,20 @@ REFUSED = [
         },
     ),
     Refused(
+        "Prefetched weight offloading",
+        needed="layers whose weights are on the device",
+        got="prefetched weight offloading",
+        remedy="use --cpu-offload-gb",
+        arguments={"offload_group_size": 2},
+    ),
+    Refused(
+        "Expandable segments",
+        needed="a KV connector",
+        got="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        remedy="take expandable_segments out of it",
+        environment={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    ),
+    Refused(
         "LoRA adapters",
         needed="one set of weights",
         got="--enable-lora",
@@ -319,6 +333,15 @@ CHANGED = [
         got="dual-batch overlap",
         remedy="drop --enable-dbo",
     ),
+    Changed(
+        "KV caches with scales of each token and head",
+        why="the CPU's attention has no such cache",
+        section="cache_config",
+        fields={"cache_dtype": "int8_per_token_head"},
+        needed="a KV cache without scales of each token and head",
+        got="--kv-cache-dtype int8_per_token_head",
+        remedy="use auto or fp8",
+    ),
 ]
 
 
@@ -414,7 +437,11 @@ def test_refused_where_vllm_on_a_cpu_cannot_express_it(case: Changed) -> None:
         ({"bands": 20}, ("--kv-bands", "got 20 for 10 layers", "allowed: 1, 2, 5, 10")),
         (
             {"pass_share": 0.001, "chunk_tokens": 4096},
-            ("chunk_tokens: got 4096", "pass_share=0.001 of", "raise pass_share"),
+            ("chunk_tokens: got 4096", "pass_share=0.001 leaves", "raise these"),
+        ),
+        (
+            {"chunk_tokens": 10**6},
+            ("chunk_tokens: got 1000000", "--max-num-batched-tokens (", "raise these"),
         ),
     ],
     ids=str,

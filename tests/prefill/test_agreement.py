@@ -11,9 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from asl_vllm.prefill import OtherRankError, PrefillQueue, RankLostError, hidden, passes
+from asl_vllm.prefill import (
+    OtherRankError,
+    PrefillJob,
+    PrefillQueue,
+    RankLostError,
+    Verdict,
+    hidden,
+    passes,
+)
 from asl_vllm.prefill.agreement import agreed
-from asl_vllm.selection.policies import base
+from asl_vllm.selection.policies import base, gemfilter
 from asl_vllm_testing.toy import ToyDecoder, job, prefill
 
 SECONDS = 20
@@ -34,12 +42,16 @@ class Meeting:
         self._barrier.wait()
         return values
 
+    def leave(self) -> None:
+        self._barrier.abort()
+
 
 class Rank(ToyDecoder):
     """A toy decoder that meets the other rank where vLLM's ranks do."""
 
     def join(self, meeting: Meeting, rank: int) -> Rank:
         self.meeting, self.rank = meeting, rank
+        self.exchanges = self.sums = 0
         return self
 
     def run_layer(self, *args: Any) -> None:
@@ -47,13 +59,19 @@ class Rank(ToyDecoder):
         super().run_layer(*args)
 
     def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
+        self.sums += 1
         return torch.stack(self.meeting.gather(self.rank, layer_score)).sum(0)
 
-    def ranks_agree(self, value: int) -> bool:
-        return len(set(self.meeting.gather(self.rank, value))) == 1
+    @property
+    def num_ranks(self) -> int:
+        return 2
 
-    def any_rank_failed(self, failed: bool) -> bool:
-        return any(self.meeting.gather(self.rank, failed))
+    def exchange(self, failed: bool, digest: bytes) -> Verdict:
+        self.exchanges += 1
+        both = self.meeting.gather(self.rank, (failed, digest))
+        if any(failed for failed, _ in both):
+            return Verdict.FAILED
+        return Verdict.SAME if len(set(both)) == 1 else Verdict.DIFFERENT
 
 
 def ranks() -> list[Rank]:
@@ -61,12 +79,25 @@ def ranks() -> list[Rank]:
     return [Rank().join(meeting, rank) for rank in (0, 1)]
 
 
-def run_both(models: list[Rank]) -> list[BaseException | None]:
+def note_thread(monkeypatch: pytest.MonkeyPatch, model: Rank) -> None:
+    """``model.thread`` becomes the thread that it embeds in."""
+    embed = model.embed
+
+    def note(ids: Tensor) -> Tensor:
+        model.thread = threading.get_ident()  # type: ignore[attr-defined]
+        return embed(ids)
+
+    monkeypatch.setattr(model, "embed", note)
+
+
+def run_both(
+    models: list[Rank], work: PrefillJob | None = None
+) -> list[BaseException | None]:
     """One prefill on both ranks at once; what each ended with."""
 
     def run(model: Rank) -> BaseException | None:
         try:
-            begun, _, _ = prefill(job(), model=model, selection_layer=2)
+            begun, _, _ = prefill(work or job(), model=model, selection_layer=2)
             while not begun.done:
                 begun.advance(50)
         except BaseException as error:
@@ -105,13 +136,7 @@ def test_an_error_of_one_rank_is_that_of_both(
 ) -> None:
     models = ranks()
     for model in models:
-        embed = model.embed
-
-        def note(ids: Tensor, model: Rank = model, embed: Any = embed) -> Tensor:
-            model.thread = threading.get_ident()  # type: ignore[attr-defined]
-            return embed(ids)
-
-        monkeypatch.setattr(model, "embed", note)
+        note_thread(monkeypatch, model)
     nth = 1 if place == "gather_tokens" else 2
     failing = on_rank(models, rank, getattr(module, place), nth)
     monkeypatch.setattr(module, place, failing)
@@ -135,8 +160,53 @@ def test_an_error_of_the_write_is_that_of_both(
     assert isinstance(ended[1 - rank], OtherRankError)
 
 
-def test_without_errors_both_end_well() -> None:
-    assert run_both(ranks()) == [None, None]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_where_no_one_is_told_ends_the_rank(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """Layers after the selection keep all their tokens, without an exchange."""
+    models = ranks()
+    calls = [0]
+
+    def fail(layer: int, *args: Any) -> None:
+        calls[0] += 1
+        if layer == 3:
+            models[1 - rank].meeting.leave()
+            raise RuntimeError("injected")
+
+    monkeypatch.setattr(models[rank], "write_kept", fail)
+    ended = run_both(models)
+    assert isinstance(ended[rank], RankLostError)
+    assert isinstance(ended[1 - rank], threading.BrokenBarrierError)
+
+
+def test_ranks_meet_twice_a_scored_layer_and_nowhere_else() -> None:
+    models = ranks()
+    assert run_both(models) == [None, None]
+    # Layers 0 to 2 are scored: a sum, and an exchange.
+    assert [(model.sums, model.exchanges) for model in models] == [(3, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_where_no_scores_are_wanted_joins_the_others(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """gemfilter scores one layer, and a rank may fail at another."""
+    models = ranks()
+    asked: list[int] = []
+
+    def score(self: Any, layer: int, *args: Any) -> None:
+        if threading.get_ident() == models[rank].thread:  # type: ignore[attr-defined]
+            asked.append(layer)
+            raise torch.OutOfMemoryError("injected")
+
+    for model in models:
+        note_thread(monkeypatch, model)
+    monkeypatch.setattr(gemfilter.GemFilterPolicy, "score", score)
+    ended = run_both(models, job(policy="gemfilter"))
+    assert asked == [0]
+    assert isinstance(ended[rank], torch.OutOfMemoryError)
+    assert isinstance(ended[1 - rank], OtherRankError)
 
 
 def test_nothing_of_one_job_catches_a_lost_rank() -> None:

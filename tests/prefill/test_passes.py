@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from asl_kernels.window_scores import window_scores
 from asl_vllm.prefill import ModelShape, PrefillBuffers
+from asl_vllm.prefill.agreement import digest_of
 from asl_vllm.prefill.hidden import HostHidden
+from asl_vllm.selection.deciding import FiniteCheck
 from asl_vllm.selection.errors import SelectionError
 from asl_vllm_testing.toy import (
     CAPACITY,
@@ -222,19 +226,67 @@ def test_scores_that_are_not_finite_fail(layer: int) -> None:
 
 def test_ranks_that_decide_otherwise_fail() -> None:
     """Each layer that is decided about is compared, whether it selects or not."""
-    values = run(job(), selection_layer=2).model.checked
-    assert values[:2] == [0, 0]
-    assert values[2] > 0
-    assert len(values) == 3
-    same = run(job(), model=ToyDecoder(other_rank=values), selection_layer=2)
-    assert same.model.checked == values
-    for layer, said in ((2, values[2] + 1), (1, values[2]), (2, 0)):
-        other = [said if i == layer else value for i, value in enumerate(values)]
+    selected = run(job(), selection_layer=2).policy.decisions[2].deeper
+    assert isinstance(selected, Tensor)
+    digests = [b"", b"", digest_of(selected)]
+    model = ToyDecoder(other_rank=digests)
+    run(job(), model=model, selection_layer=2)
+    # One exchange a layer that is scored, none for the two after it.
+    assert model.digests == digests
+    others = selected.clone()
+    others[0] += 1
+    for layer, said in ((2, digest_of(others)), (1, digests[2]), (2, b"")):
+        other = [said if i == layer else value for i, value in enumerate(digests)]
         begun, _, _ = prefill(
             job(), model=ToyDecoder(other_rank=other), selection_layer=2
         )
         with pytest.raises(SelectionError, match=f"layer {layer}: tensor-parallel"):
             begun.advance(10**9)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([0, 4], [2, 3]), ([1, 2], [2, 1]), ([0], [0, 0])]
+)
+def test_other_tokens_have_another_digest(one: list[int], other: list[int]) -> None:
+    assert digest_of(torch.tensor(one)) != digest_of(torch.tensor(other))
+    assert digest_of(torch.tensor(one)) == digest_of(torch.tensor(one))
+
+
+READS = {
+    # Of five layers: those from l_min on to the selection, and at the end none is
+    # left to look at.
+    ("asl", "selected", 1): {"l_min": 1, "tau": 2.0},
+    ("asl", "not selected", 4): {"l_min": 1, "tau": 0.0},
+    ("asl", "fixed", 1): {"selection_layer": 2},
+    ("asl", "fixed at the end", 1): {"selection_layer": 4},
+    ("snapkv", "", 1): {},
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "reads", "options"),
+    [(policy, reads, options) for (policy, _, reads), options in READS.items()],
+    ids=["-".join(filter(None, key[:2])) for key in READS],
+)
+def test_the_host_waits_only_where_something_can_be_selected(
+    policy: str,
+    reads: int,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, _, _ = prefill(job(policy=policy), **options)
+    read = []
+    stock = FiniteCheck.read
+
+    def count(self: FiniteCheck, value: Tensor | None = None) -> float | None:
+        if self._flags or value is not None:
+            read.append(value)
+        return stock(self, value)
+
+    monkeypatch.setattr(FiniteCheck, "read", count)
+    begun.advance(10**9)
+    assert begun.done
+    assert len(read) == reads
 
 
 def test_buffers_hold_what_the_shape_says() -> None:

@@ -6,6 +6,7 @@ Touch point: wraps ``EngineArgs.create_engine_config``, the one place through wh
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -47,6 +48,15 @@ def connector_config() -> KVTransferConfig:
 def _take_connector(engine_args: EngineArgs) -> None:
     from asl_vllm.engine.compat import UnsupportedError
 
+    # vLLM refuses it for any connector, in words about a network that we do not use.
+    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    exempt = engine_args.enable_cumem_allocator or engine_args.enable_sleep_mode
+    if "expandable_segments:True" in allocator and not exempt:
+        raise UnsupportedError(
+            "a KV connector, which vLLM runs with plain allocations only",
+            f"PYTORCH_CUDA_ALLOC_CONF={allocator}",
+            "take expandable_segments out of it, or pass --enable-cumem-allocator",
+        )
     if engine_args.kv_offloading_size is not None:
         raise UnsupportedError(
             "the engine's one KV connector",

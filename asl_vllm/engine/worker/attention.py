@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
@@ -87,11 +88,14 @@ class ViewMixin:
         assert rows <= self._tables.shape[0]
         assert table.shape[1] == self._tables.shape[1]
         out_table, out_lens = self._tables[:rows], self._lengths[:rows]
+        block_size = self.kv_cache_spec.block_size
+        # Nothing behind the longest row's blocks is read.
+        columns = min(cdiv(common.max_seq_len, block_size), table.shape[1])
         block_table_view(
-            table,
+            table[:, :columns],
             common.seq_lens,
-            self.kv_cache_spec.block_size,
-            out_table=out_table,
+            block_size,
+            out_table=out_table[:, :columns],
             out_lens=out_lens,
         )
         return common.replace(

@@ -1,8 +1,8 @@
 """vLLM's model as a `DecoderModel`: one layer at a time, over scratch pages.
 
 Touch points: the decoder layers of ``model.model.layers`` and their ``Attention``
-modules, `set_forward_context`, the backend's own metadata builder, and
-``impl.do_kv_cache_update`` for the writes to the KV pool.
+modules, `set_forward_context`, and ``impl.do_kv_cache_update`` for the writes to the
+KV pool.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from asl_vllm.engine import settings
+from asl_vllm.engine.worker.chunks import ChunkMetadata
+from asl_vllm.engine.worker.fused import FusedLayers
+from asl_vllm.engine.worker.ranks import Ranks, among_ranks
 from asl_vllm.engine.worker.scratch import ScratchPages
-from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape, RankLostError
+from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
 
 
 def attention_layers(model: Any) -> list[Attention]:
@@ -44,22 +46,7 @@ def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> Model
     )
 
 
-@contextmanager
-def _among_ranks(what: str) -> Iterator[None]:
-    """Around what ranks do together; one that fails in it leaves the others waiting.
-
-    Raises:
-        RankLostError: instead of an error, where there are other ranks.
-    """
-    try:
-        yield
-    except Exception as error:
-        if get_tp_group().world_size == 1:
-            raise
-        raise RankLostError(f"{what} failed on one rank: {error!r}") from error
-
-
-class VllmDecoder:
+class VllmDecoder(Ranks):
     """Implements `asl_vllm.prefill.DecoderModel` on vLLM's layers.
 
     Borrows each layer's ``kv_cache`` while a pass runs and gives it back after, so
@@ -82,17 +69,21 @@ class VllmDecoder:
         self._scratch = scratch
         stock: Any = self._attentions[0].attn_backend.stock
         # A builder of our own: the runner's may own buffers of captured graphs.
-        self._builder = stock.get_builder_cls()(
+        builder = stock.get_builder_cls()(
             spec,
             [attention.layer_name for attention in self._attentions],
             vllm_config,
             shape.device,
         )
+        self._chunks = ChunkMetadata(
+            builder, scratch, settings.chunk_tokens(vllm_config)
+        )
+        self._fused = FusedLayers(self._layers)
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token ids [n] -> hidden states [n, E]."""
-        with _among_ranks("the embedding"):
+        with among_ranks("the embedding"):
             hidden: torch.Tensor = self._embed(token_ids)
         return hidden
 
@@ -106,7 +97,7 @@ class VllmDecoder:
         tap: LayerTap,
     ) -> None:
         """See `DecoderModel.run_layer`."""
-        with _among_ranks(f"layer {layer}"):
+        with among_ranks(f"layer {layer}"):
             self._run_layer(layer, positions, hidden, start, tap)
 
     def _run_layer(
@@ -118,8 +109,9 @@ class VllmDecoder:
         tap: LayerTap,
     ) -> None:
         name = self._attentions[layer].layer_name
-        metadata = self._builder.build(0, self._common_metadata(start, len(hidden)))
+        metadata = self._chunks.of(start, start + len(hidden))
         with (
+            self._fused.running(),
             self._borrowed(layer, tap),
             set_forward_context(
                 {name: metadata},
@@ -153,35 +145,6 @@ class VllmDecoder:
             scale *= attention._q_scale_float
         return scale
 
-    def ranks_agree(self, value: int) -> bool:
-        """See `DecoderModel.ranks_agree`."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return True
-        # The greatest of both signs: all ranks see the same two numbers.
-        with _among_ranks("the comparison of decisions"):
-            pair = torch.tensor([value, -value], device=self.shape.device)
-            torch.distributed.all_reduce(
-                pair, torch.distributed.ReduceOp.MAX, group=group.device_group
-            )
-            greatest, least = pair.tolist()
-        return bool(greatest == -least)
-
-    def sum_over_ranks(self, layer_score: torch.Tensor) -> torch.Tensor:
-        """See `DecoderModel.sum_over_ranks`."""
-        with _among_ranks("the sum of scores"):
-            return tensor_model_parallel_all_reduce(layer_score)
-
-    def any_rank_failed(self, failed: bool) -> bool:
-        """See `DecoderModel.any_rank_failed`."""
-        group = get_tp_group()
-        if group.world_size == 1:
-            return failed
-        # Over the CPU group: it works whatever state the device is in.
-        flag = torch.tensor([failed], dtype=torch.int32)
-        torch.distributed.all_reduce(flag, group=group.cpu_group)
-        return bool(flag.item())
-
     @contextmanager
     def _borrowed(self, layer: int, tap: LayerTap) -> Iterator[None]:
         attention = self._attentions[layer]
@@ -194,21 +157,3 @@ class VllmDecoder:
         finally:
             impl.tap = None
             attention.kv_cache = pool
-
-    def _common_metadata(self, start: int, n: int) -> CommonAttentionMetadata:
-        end = start + n
-        query_start_loc = torch.tensor([0, n], dtype=torch.int32)
-        seq_lens = torch.tensor([end], dtype=torch.int32)
-        device = self.shape.device
-        return CommonAttentionMetadata(
-            query_start_loc=query_start_loc.to(device),
-            query_start_loc_cpu=query_start_loc,
-            seq_lens=seq_lens.to(device),
-            seq_lens_cpu_upper_bound=seq_lens,
-            num_reqs=1,
-            num_actual_tokens=n,
-            max_query_len=n,
-            max_seq_len=end,
-            block_table_tensor=self._scratch.block_table,
-            slot_mapping=self._scratch.slots[start:end],
-        )

@@ -8,6 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 from vllm.logger import init_logger
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.prefill import PrefillQueue, PrefillReport, RankLostError
@@ -38,7 +39,9 @@ class WorkerSide:
         if orders.paused or not len(self.queue):
             return
         try:
-            outcomes = self.queue.step(orders.token_layers)
+            # A pass waits for the device where a selection depends on it.
+            with gpu_sync_allowed():
+                outcomes = self.queue.step(orders.token_layers)
         except RankLostError:
             logger.exception("asl_vllm: this rank ends, others wait for it")
             # Not an exception: vLLM would report it for rank 0 only and go on to wait

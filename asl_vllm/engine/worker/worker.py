@@ -1,8 +1,9 @@
 """vLLM's workers with the memory and the model of pruned prefills.
 
 Touch points: ``parallel_config.worker_cls`` names one of these subclasses;
-`load_model` reserves the memory before vLLM sizes the KV pool and
-`initialize_from_config` hands a `PrefillQueue` to the connector.
+`load_model` reserves the memory before vLLM sizes the KV pool,
+`initialize_from_config` hands a `PrefillQueue` to the connector, and
+`compile_or_warm_up_model` runs prefills before there are requests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
 from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.engine.worker.warm_up import warm_up
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
 from asl_vllm.selection.policies import installed_policies
 
@@ -43,6 +45,7 @@ class PrefillWorkerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
+        self._check_scales()
         self._prefill_spec = self._one_spec()
         capacity = settings.prefill_capacity(self.vllm_config)
         config = settings.config_of(self.vllm_config)
@@ -104,7 +107,7 @@ class PrefillWorkerMixin:
             self._scratch,
         )
 
-        factory = PrefillFactory(
+        self._factory = PrefillFactory(
             decoder,
             self._buffers,
             settings.config_of(self.vllm_config),
@@ -112,7 +115,15 @@ class PrefillWorkerMixin:
         )
         connector = get_kv_transfer_group()
         assert isinstance(connector, AslConnector)
-        connector.bind_prefill_queue(PrefillQueue(factory))
+        connector.bind_prefill_queue(PrefillQueue(self._factory))
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Has all that prefills compile compiled, before vLLM does so with its own."""
+        # On a CPU there is nothing to compile.
+        if self.device.type == "cuda":
+            bands = settings.bands_of(self.vllm_config).count
+            warm_up(self._factory, installed_policies(), bands)
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def _check_pages(self) -> None:
         """Refuses pools whose blocks are split for the attention kernels."""
@@ -125,6 +136,16 @@ class PrefillWorkerMixin:
                     f"blocks of {self._prefill_spec.block_size} tokens, shape {ours}, "
                     f"in kernel blocks of shape {pool}",
                     "choose the kernels' --block-size",
+                )
+
+    def _check_scales(self) -> None:
+        """Refuses FP8 queries that are divided by a scale of each head."""
+        for layer in attention_layers(self.model_runner.get_model()):
+            if layer.query_quant is not None and layer._q_scale.numel() > 1:
+                raise UnsupportedError(
+                    "FP8 queries with one scale a layer",
+                    f"{layer._q_scale.numel()} scales in {layer.layer_name}",
+                    "use a checkpoint with per-tensor scales, or --kv-cache-dtype auto",
                 )
 
     def _one_spec(self) -> AttentionSpec:

@@ -58,8 +58,8 @@ class Policy(abc.ABC):
     """Decides, layer by layer, for one prompt; not to be reused for another.
 
     For each layer in turn that has more than k tokens, the prefill calls `score`,
-    refuses scores that are not finite, and calls `decide`. A layer of k tokens keeps
-    them all.
+    `observe` and `decide`. A layer of k tokens keeps them all. A prompt with scores
+    that are not finite fails, though not always at once (see `decide`).
     """
 
     selects_once: ClassVar[bool] = False
@@ -135,10 +135,12 @@ class Policy(abc.ABC):
 
         Args:
             layer: 0-based.
-            layer_score: fp32 ``[M - tail]``, finite: head scores summed over all KV
-                heads, of all tensor-parallel ranks.
-            head_scores: fp32 ``[Hkv, M - tail]``, finite, of this rank's KV heads.
-            observed: What `observe` returned for this layer.
+            layer_score: fp32 ``[M - tail]``: head scores summed over all KV heads, of
+                all tensor-parallel ranks.
+            head_scores: fp32 ``[Hkv, M - tail]`` of this rank's KV heads.
+            observed: What `observe` returned for this layer; then all scores are
+                known to be finite. Without it they may not be: the prompt then fails
+                before anything selected is used, but ``kept`` must be tokens even so.
         """
 
     def best_per_head(self, head_scores: Tensor) -> Tensor:

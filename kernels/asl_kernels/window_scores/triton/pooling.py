@@ -9,7 +9,7 @@ from asl_kernels.window_scores.triton.loading import keys_of
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["num_tokens", "num_heads", "num_columns"]
+    do_not_specialize=["num_tokens", "num_heads", "num_columns", "stride_scores_head"]
 )
 def average_kernel(
     p_mass: tl.tensor,

@@ -1,0 +1,86 @@
+"""Attention metadata of a prefill's chunks, without a transfer to the device.
+
+Touch points: `CommonAttentionMetadata` and the backend's own metadata builder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from asl_vllm.engine.worker.scratch import ScratchPages
+
+_MOST = 256
+"""Chunks remembered; a prompt of a million tokens has half as many."""
+_ALIGNED = 4
+"""int32 elements of 16 bytes: kernels are compiled for addresses aligned to these."""
+
+
+class ChunkMetadata:
+    """Metadata of chunks of one sequence whose row r lies in scratch slot r.
+
+    It depends only on where a chunk begins and ends, so it is built once and serves
+    all layers and prompts. What the device must know of that lies there from the
+    start, as tables of all numbers that occur.
+
+    Args:
+        builder: The backend's metadata builder, of no other use.
+        scratch: The pages, in the pool's layout.
+        chunk_tokens: Tokens of the longest chunk.
+    """
+
+    def __init__(self, builder: Any, scratch: ScratchPages, chunk_tokens: int) -> None:
+        self._builder = builder
+        # Up to 512 tokens FlashAttention would split keys as in a captured graph, which
+        # takes hundreds of megabytes and a second kernel.
+        if hasattr(builder, "max_num_splits"):
+            builder.max_num_splits = 0
+        self._scratch = scratch
+        capacity, device = len(scratch.slots), scratch.slots.device
+        numbers = torch.arange(capacity + 1, dtype=torch.int32, device=device)
+        self._ends = torch.zeros(
+            (capacity + 1, _ALIGNED), dtype=torch.int32, device=device
+        )
+        self._ends[:, 0] = numbers
+        most = min(chunk_tokens, capacity)
+        self._bounds = torch.zeros(
+            (most + 1, _ALIGNED), dtype=torch.int32, device=device
+        )
+        self._bounds[:, 1] = numbers[: most + 1]
+        self._made: dict[tuple[int, int], Any] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        return self._ends.nbytes + self._bounds.nbytes
+
+    def of(self, start: int, end: int) -> Any:
+        """The backend's metadata of rows ``[start, end)``."""
+        key = start, end
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) == _MOST:
+                self._made.clear()
+            # Fast: no plan of the kernel's work ahead of it, in a buffer that the
+            # next one would overwrite.
+            common = self._common(start, end)
+            found = self._builder.build(0, common, fast_build=True)
+            self._made[key] = found
+        return found
+
+    def _common(self, start: int, end: int) -> CommonAttentionMetadata:
+        n = end - start
+        return CommonAttentionMetadata(
+            query_start_loc=self._bounds[n, :2],
+            query_start_loc_cpu=torch.tensor([0, n], dtype=torch.int32),
+            seq_lens=self._ends[end, :1],
+            seq_lens_cpu_upper_bound=torch.tensor([end], dtype=torch.int32),
+            num_reqs=1,
+            num_actual_tokens=n,
+            max_query_len=n,
+            max_seq_len=end,
+            block_table_tensor=self._scratch.block_table,
+            slot_mapping=self._scratch.slots[start:end],
+        )

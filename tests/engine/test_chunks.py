@@ -1,0 +1,90 @@
+"""A chunk's metadata: made once, of what is on the device already."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from asl_vllm.engine.worker import chunks
+from asl_vllm.engine.worker.chunks import ChunkMetadata
+
+CAPACITY, CHUNK = 100, 16
+SCRATCH: Any = SimpleNamespace(
+    slots=torch.arange(CAPACITY), block_table=torch.arange(7, dtype=torch.int32)[None]
+)
+
+
+class Builder:
+    """Gives back what it is given, and counts."""
+
+    max_num_splits = 32
+
+    def __init__(self) -> None:
+        self.built = 0
+
+    def build(self, common_prefix_len: int, common: Any, fast_build: bool) -> Any:
+        assert (common_prefix_len, fast_build) == (0, True)
+        self.built += 1
+        return common
+
+
+def made() -> tuple[ChunkMetadata, Builder]:
+    builder = Builder()
+    return ChunkMetadata(builder, SCRATCH, CHUNK), builder
+
+
+def test_every_chunk_is_described() -> None:
+    metadata, _ = made()
+    for start in range(0, CAPACITY, 7):
+        for end in range(start + 1, min(start + CHUNK, CAPACITY) + 1):
+            found = metadata.of(start, end)
+            assert found.query_start_loc.tolist() == [0, end - start]
+            assert found.query_start_loc_cpu.tolist() == [0, end - start]
+            assert found.seq_lens.tolist() == [end]
+            assert found.seq_lens_cpu_upper_bound.tolist() == [end]
+            assert found.slot_mapping.tolist() == list(range(start, end))
+            assert (found.max_query_len, found.max_seq_len) == (end - start, end)
+            # Kernels are compiled for addresses; another kind would compile another.
+            for tensor in (found.query_start_loc, found.seq_lens):
+                assert tensor.is_contiguous()
+                assert tensor.data_ptr() % 16 == 0
+
+
+def test_layers_share_what_is_built_once() -> None:
+    metadata, builder = made()
+    first = metadata.of(0, 16)
+    for _ in range(32):
+        assert metadata.of(0, 16) is first
+        metadata.of(16, 20)
+    assert builder.built == 2
+
+
+def test_nothing_goes_to_the_device_for_a_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metadata, _ = made()
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a transfer")
+
+    for name in ("to", "cuda", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    metadata.of(0, 16)
+
+
+def test_few_chunks_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "_MOST", 3)
+    metadata, builder = made()
+    for end in (1, 2, 3, 4, 1):
+        metadata.of(0, end)
+    assert builder.built == 5
+    assert len(metadata._made) == 2
+
+
+def test_flash_attention_splits_no_keys() -> None:
+    _, builder = made()
+    assert builder.max_num_splits == 0
+    ChunkMetadata(SimpleNamespace(), SCRATCH, CHUNK)  # others have no such thing
