@@ -25,6 +25,7 @@ from asl_vllm.engine import settings
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.kv_spec import in_bands, prunable
 from asl_vllm.engine.messages import StepOrders, StepReports
+from asl_vllm.engine.scheduler.state import engine_state
 from asl_vllm.prefill import Bands, PrefillReport
 from asl_vllm_testing.vllm_configs import engine_config
 
@@ -178,3 +179,15 @@ def report_of(selection_layer: int | None, bands: int) -> PrefillReport:
 FULL = -(-PROMPT // BLOCK)
 """Blocks of the prompt in a band that keeps every token."""
 FREED = (PROMPT - KEPT) // BLOCK
+
+
+def state_of(host: Host) -> dict[str, Any]:
+    parallel = Mock(tensor_parallel_size=2)
+    core: Any = Mock(scheduler=host.scheduler, engine_index=1)
+    core.vllm_config.parallel_config = parallel
+    return engine_state(core)
+
+
+def states(host: Host) -> list[tuple[Any, ...]]:
+    names = ("request_id", "state", "layer", "selection_layer", "blocks_held")
+    return [tuple(r[n] for n in names) for r in state_of(host)["requests"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -12,7 +11,6 @@ from vllm.v1.request import RequestStatus
 
 from asl_vllm.engine.messages import StepReports
 from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats
-from asl_vllm.engine.scheduler.state import engine_state
 from asl_vllm.prefill import PrefillProgress
 from asl_vllm_testing.scheduler_host import (
     BLOCK,
@@ -26,6 +24,8 @@ from asl_vllm_testing.scheduler_host import (
     Host,
     make_host,
     report_of,
+    state_of,
+    states,
 )
 from tests.contract.looking import in_order, source
 
@@ -383,18 +383,6 @@ def test_a_preempted_prompt_is_counted_once(host: Host) -> None:
         "skipped_token_layers": 4000,
         "computed_token_layers": 2000,
     }
-
-
-def state_of(host: Host) -> dict[str, Any]:
-    parallel = Mock(tensor_parallel_size=2)
-    core: Any = Mock(scheduler=host.scheduler, engine_index=1)
-    core.vllm_config.parallel_config = parallel
-    return engine_state(core)
-
-
-def states(host: Host) -> list[tuple[Any, ...]]:
-    names = ("request_id", "state", "layer", "selection_layer", "blocks_held")
-    return [tuple(r[n] for n in names) for r in state_of(host)["requests"]]
 
 
 def test_an_engines_state(host: Host) -> None:
