@@ -1,11 +1,12 @@
 """The stages of a run, in order: correctness first, then speed."""
 
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.stages import engines, kernels, rule, share, speed
+from benchmarks.gpu.stages import engines, kernels, passes, rule, share, speed
 
 _ALL = (
     *rule.STAGES,
     *kernels.STAGES,
+    *passes.STAGES,
     *engines.STAGES,
     *share.STAGES,
     *speed.STAGES,

@@ -48,6 +48,8 @@ def stage_of(name: str, size: str, seconds: int, *, compiled: bool = False) -> S
 
 STAGES = (
     *(stage_of(*part) for part in PARTS),
+    stage_of("prefill", "8b", 480, compiled=True),
+    stage_of("decode", "8b", 480, compiled=True),
     stage_of("prefill", "1b", 360, compiled=True),
     stage_of("unpruned", "1b", 300, compiled=True),
 )

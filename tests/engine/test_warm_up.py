@@ -1,0 +1,109 @@
+"""What runs before requests runs every kernel that they will need."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import Tensor
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+
+from asl_vllm.engine.worker.warm_up import warm_up
+from asl_vllm.prefill import PrefillFactory, hidden, passes
+from asl_vllm.selection import settling
+from asl_vllm.selection.policies import POLICIES, base
+from tests.prefill import toy
+from tests.prefill.toy import ToyDecoder
+
+CHUNK = 40
+
+
+class Quiet(ToyDecoder):
+    """Notes the slots that are written."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.slots: set[int] = set()
+
+    def write_kept(
+        self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> None:
+        assert len(keys) == len(values) == len(slots)
+        self.slots.update(slots.tolist())
+
+
+def factory(capacity: int = toy.CAPACITY, **options: Any) -> PrefillFactory:
+    return toy.factory(Quiet(), chunk=CHUNK, capacity=capacity, **options)
+
+
+KERNELS: tuple[tuple[ModuleType, str], ...] = (
+    (base, "window_scores"),
+    (passes, "gather_kept"),
+    (hidden, "gather_tokens"),
+    (settling, "descending_ranks"),
+    (settling, "rank_variance"),
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_all_that_requests_need_has_run_before(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: set[str] = set()
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ran.add(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    made = factory(policy=policy)
+    warm_up(made, POLICIES, 1)
+    assert ran == {name for _, name in KERNELS}
+    model = made.model
+    assert isinstance(model, Quiet)
+    sizes = {len(call.positions) for call in model.calls}
+    # A full chunk and one token, and numbers of 16 and others.
+    assert {CHUNK, 1, 32, 33} <= sizes
+    assert model.slots == {PAD_SLOT_ID}
+
+
+def test_requests_find_the_policies_they_ask_for() -> None:
+    made = factory()
+    asked: list[str] = []
+
+    class Noting(PrefillFactory):
+        def __call__(self, job: Any) -> Any:
+            asked.append(job.policy)
+            return super().__call__(job)
+
+    noting = Noting(made.model, made.buffers, made.config, made.chunk_tokens)
+    warm_up(noting, POLICIES, 1)
+    assert set(asked) == set(POLICIES)
+
+
+def test_bands_have_slots_of_their_own() -> None:
+    made = factory(bands=5)
+    warm_up(made, ["asl"], 5)
+    assert made.model.slots == {PAD_SLOT_ID}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("capacity", [10, 13, 33, CHUNK])
+def test_short_buffers_are_not_outgrown(capacity: int) -> None:
+    made = factory(capacity=capacity)
+    warm_up(made, POLICIES, 1)
+    sizes = {len(call.positions) for call in made.model.calls}  # type: ignore[attr-defined]
+    assert max(sizes, default=0) <= capacity
+
+
+def test_scores_that_are_not_finite_do_not_end_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = factory(policy="snapkv")
+    made.model.poison = {0}  # type: ignore[attr-defined]
+    warm_up(made, ["snapkv"], 1)
+    assert made.model.slots == {PAD_SLOT_ID}  # type: ignore[attr-defined]
