@@ -13,7 +13,7 @@ from asl_vllm_testing.server import serve
 
 pytestmark = pytest.mark.xdist_group("servers")
 
-PROMPT = list(range(4, 504))
+PROMPT = [4 + i % 200 for i in range(500)]
 
 
 def test_the_guides_policy_is_served(tmp_path: Path) -> None:
