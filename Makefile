@@ -7,7 +7,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz soak audit bench format lint clean
+.PHONY: help setup demo test weights fuzz soak audit bench format lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ test: setup ## Lint, check types and run every test
 	@# Apart: vLLM must not see an interpreted Triton.
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) --ignore=tests/triton
+
+weights: setup ## Fetch a real model of 135M parameters for the tests (needs the network)
+	@$(BIN)/python -m asl_vllm_testing.real_model
 
 bench: setup ## Measure side by side with stock vLLM (one to two hours on two cores)
 	$(BIN)/python -m benchmarks

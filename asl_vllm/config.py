@@ -44,6 +44,12 @@ HIDDEN_MEMORY: tuple[str, ...] = ("device", "host")
 CONFIG_KEY = "asl_vllm"
 """Key of vLLM's ``additional_config`` under which the config travels."""
 
+PRESETS: dict[str, dict[str, int | float]] = {
+    # Experiments of arXiv 2601.07667; l_min and l_obs are scaled below.
+    "paper": {"window": 32, "pool_kernel": 7, "tau": 0.3},
+}
+"""Settings by name: what options that are left at their defaults become."""
+
 _REFERENCE_LAYERS = 32
 _REFERENCE_L_MIN = 10
 _REFERENCE_L_OBS = 8
@@ -75,6 +81,10 @@ class AslConfig:
     bands: int = 1
     """Bands of layers with a block table each, a divisor of the number of layers;
     above 1, requests may ask for ``kv_shallow`` "full"."""
+    preset: str | None = None
+    """Settings by name, one of `PRESETS`, for options left at their defaults: ``paper``
+    has those of ASL's authors, which are the defaults but for a tau of 0.3 at any
+    depth."""
     window: int = 32
     """W: the last prompt tokens whose attention scores the others; always kept."""
     pool_kernel: int = 7
@@ -118,6 +128,7 @@ class AslConfig:
             raise ConfigError(
                 f"kv policy: got {self.policy!r}; allowed: {', '.join(POLICY_NAMES)}."
             )
+        self._apply_preset()
         _check_int("window", self.window, 1, 64)
         _check_int("pool_kernel", self.pool_kernel, 1, 63)
         if self.pool_kernel % 2 == 0:
@@ -155,6 +166,18 @@ class AslConfig:
             raise ConfigError(f"tau: got {tau!r}; allowed: a number of at least 0.")
         if math.isinf(tau):
             raise ConfigError("tau: got inf; allowed: a finite number.")
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            raise ConfigError(
+                f"preset: got {self.preset!r}; allowed: {', '.join(PRESETS)}, or null."
+            )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, value)  # frozen for others only
 
     @property
     def enabled(self) -> bool:

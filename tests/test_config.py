@@ -92,6 +92,20 @@ def test_given_layers_do_not_scale() -> None:
     assert config.resolved_l_obs(32) == 2
 
 
+def test_the_papers_settings_have_a_name() -> None:
+    paper = AslConfig.from_dict({"policy": "asl", "preset": "paper"})
+    assert (paper.window, paper.pool_kernel) == (32, 7)
+    for layers in (10, 13, 32, 80):
+        assert paper.resolved_tau(layers) == 0.3
+    assert (paper.resolved_l_min(30), paper.resolved_l_obs(30)) == (9, 8)
+    assert AslConfig.from_dict(json.loads(json.dumps(paper.to_dict()))) == paper
+
+
+def test_what_is_given_wins_over_a_preset() -> None:
+    config = AslConfig(preset="paper", tau=0.5, window=8)
+    assert (config.tau, config.window, config.pool_kernel) == (0.5, 8, 7)
+
+
 def test_frozen_and_keyword_only() -> None:
     config = AslConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -116,6 +130,8 @@ def test_unknown_keys_are_refused() -> None:
     [
         ({"policy": "h2o"}, "kv policy: got 'h2o'; allowed: none, asl, fastkv, "),
         ({"policy": None}, "kv policy: got None"),
+        ({"preset": "papers"}, "preset: got 'papers'; allowed: paper, or null."),
+        ({"preset": []}, "preset: got []; allowed: paper, or null."),
         ({"window": 0}, "window: got 0; allowed: 1 to 64"),
         ({"window": 65}, "window: got 65; allowed: 1 to 64"),
         ({"window": True}, "window: got True; allowed: an integer"),

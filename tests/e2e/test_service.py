@@ -249,7 +249,7 @@ def test_policies(pruning: Server) -> None:
             **{"policy": "asl", "budget": None, "pool_kernel": 7, "tau": 0.9},
             **{"l_min": 3, "l_obs": 2, "max_prefill_tokens": 4096},
             **{"propagated_share": 0.2, "decay_ratio": 0.9, "bands": 1},
-            **{"hidden_memory": "device", "pass_share": 1.0},
+            **{"preset": None, "hidden_memory": "device", "pass_share": 1.0},
             **{"chunk_tokens": STEP_TOKENS, **CONFIG},
         },
         "model": MODEL_NAME,
