@@ -94,8 +94,8 @@ def run(host: Host) -> Iterator[Row]:
     """Yields a row a request, and one of a pass."""
     host.gpu_only("launches and waits are a GPU's")
     from asl_vllm.selection.policies import POLICIES
-    from asl_vllm_testing.random_model import write_random_model
     from asl_vllm_testing.harness import engine
+    from asl_vllm_testing.random_model import write_random_model
 
     own = shape("8b", host) | {"layers": LAYERS}
     model = write_random_model(
