@@ -13,8 +13,8 @@ from asl_vllm.engine.worker.warm_up import warm_up
 from asl_vllm.prefill import PrefillFactory, hidden, passes
 from asl_vllm.selection import settling
 from asl_vllm.selection.policies import POLICIES, base
-from tests.prefill import toy
-from tests.prefill.toy import ToyDecoder
+from asl_vllm_testing import toy
+from asl_vllm_testing.toy import ToyDecoder
 
 CHUNK = 40
 

@@ -32,9 +32,9 @@ def test_no_register_is_spilled(assembled: list[Assembled]) -> None:
     for entry in assembled:
         print(entry)
         assert entry.spill_stores == entry.spill_loads == 0, entry
-        # Of 64 Ki: two programs of four warps on a multiprocessor, or sixteen warps.
+        # Of 64 Ki: two programs of four warps on a multiprocessor, or three.
         products = entry.kernel in (MASS, STATISTICS)
-        assert entry.registers <= (255 if products else 128), entry
+        assert entry.registers <= (255 if products else 168), entry
         # Two programs on an H100's multiprocessor.
         assert entry.shared <= 96 << 10, entry
 

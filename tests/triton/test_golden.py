@@ -28,7 +28,11 @@ def _triton_in_place_of_the_references(
         def call(*args: object) -> Tensor:
             calls.append(name)
             given = [on_device(x) if isinstance(x, Tensor) else x for x in args]
-            return kernel(*given).cpu()
+            found = kernel(*given).cpu()
+            for there, here in zip(given, args, strict=True):
+                if isinstance(there, Tensor) and isinstance(here, Tensor):
+                    here.copy_(there)  # the layer score is written
+            return found
 
         return call
 

@@ -76,8 +76,9 @@ def test_weighted_rows(shape: tuple[int, ...]) -> None:
     for lse in (None, row_lse(q, k, scale)):
         arguments = q, k, scale, pool_kernel, lse, None, None, weights
         want = reference.window_scores(*arguments)
-        got = kernels.window_scores(*arguments, programs=programs)
-        assert error(got, want) < 2e-6
+        there = [on_device(x) if isinstance(x, Tensor) else x for x in arguments]
+        got = kernels.window_scores(*there, programs=programs).cpu()
+        assert error(got, want) < TOLERANCES[torch.float32]
         assert error(got, reference.window_scores(*arguments[:5])) > 0.05
         assert lse is None or torch.equal(lse, row_lse(q, k, scale))
 

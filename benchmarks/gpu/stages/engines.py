@@ -224,7 +224,8 @@ def run_way(way: Way, host: Host) -> Iterator[Row]:
                 "ok": (count > 0) == wanted,
             }
         yield pool_row(running, assert_pool_whole)
-    with engine(MODEL, **options, pool_tokens=SMALL_POOL) as running:
+    # A block holds the layers of one band.
+    with engine(MODEL, **options, pool_tokens=SMALL_POOL * way.bands) as running:
         crowd = ask(running, prompts, "crowd", budget=BUDGET)
         preempted = count_preemptions(running, crowd)
         row = judge("pruned, in a small pool", crowd, pruned=True)
