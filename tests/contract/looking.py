@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ENGINE = Path(__file__).parents[2] / "asl_vllm" / "engine"
-PLUGIN = ENGINE.parent / "plugin.py"
+from asl_vllm_testing.imports import MODULES
+
+USERS = ("asl_vllm.engine", "asl_vllm.plugin", "asl_server")
+"""What may import vLLM; tests/test_layers.py holds the others to it."""
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -30,20 +33,9 @@ def source(thing: Any) -> str:
     return ast.unparse(tree)
 
 
-def in_order(text: str, *parts: str) -> bool:
-    """Whether the parts occur one after the other."""
-    place = 0
-    for part in parts:
-        place = text.find(part, place)
-        if place < 0:
-            return False
-        place += len(part)
-    return True
-
-
-def engine_modules() -> list[Path]:
+def users_of_vllm() -> list[Path]:
     """The files that may import vLLM."""
-    return [*sorted(ENGINE.rglob("*.py")), PLUGIN]
+    return [path for name, path in MODULES.items() if name.startswith(USERS)]
 
 
 def vllm_symbols(path: Path) -> Iterator[str]:
@@ -54,8 +46,8 @@ def vllm_symbols(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # Paths that vLLM resolves; prose has blanks.
-            names = [node.value] if " " not in node.value else []
+            # Paths that vLLM resolves; prose has blanks, groups of plugins one dot.
+            names = [node.value] if re.fullmatch(r"\w+(\.\w+){2,}", node.value) else []
         else:
             continue
         yield from (name for name in names if name.startswith("vllm."))

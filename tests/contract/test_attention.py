@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import (
     get_attention_context,
@@ -23,6 +26,7 @@ from vllm.v1.worker.utils import customize_attention_spec
 
 from asl_vllm.engine.kv_spec import PrunedAttentionSpec
 from asl_vllm.engine.worker import attention
+from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import parameters, source
 
 BACKENDS = sorted(attention.WRAPPED_BACKENDS)
@@ -49,9 +53,6 @@ def test_backends_are_where_the_registry_says(name: str) -> None:
     # An attention layer finds its enum entry by this name again.
     assert stock(name).get_name() == name
     assert attention.wrapped_backend(name).get_name() == name  # type: ignore[attr-defined]
-    assert "AttentionBackendEnum[self.attn_backend.get_name()]" in source(
-        Attention.__init__
-    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -82,10 +83,7 @@ def test_implementations_update_the_cache_in_a_call_of_its_own(name: str) -> Non
         *("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
     )
     assert parameters(impl.forward)[:5] == ("self", "layer", "query", "key", "value")
-    assert "self.scale = " in source(impl.__init__)
-    assert "attn_layer.impl.do_kv_cache_update(attn_layer, key, value" in source(
-        unified_kv_cache_update
-    )
+    assert "self.scale = " in source(impl.__init__), "two of three need a GPU"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -161,22 +159,30 @@ def test_common_metadata_is_replaced_not_changed() -> None:
 
 
 def test_a_layer_finds_its_cache_and_slots_in_the_forward_context() -> None:
-    text = source(get_attention_context)
-    assert "kv_cache = attn_layer.kv_cache" in text
-    assert "slot_mapping.get(layer_name)" in text
-    assert "attn_metadata_raw[layer_name]" in text
+    """And hands both to its implementation, where keys and values are tapped."""
+    layer = Mock(kv_cache=torch.zeros(1))
+    slots, metadata = torch.zeros(2, dtype=torch.int64), object()
+    context = create_forward_context(
+        {"a": metadata}, engine_config(), slot_mapping={"a": slots}
+    )
+    context.no_compile_layers = {"a": layer}
+    key, value = torch.zeros(2, 1, 4), torch.ones(2, 1, 4)
+    with override_forward_context(context):
+        assert get_attention_context("a") == (metadata, layer, layer.kv_cache, slots)
+        unified_kv_cache_update(key, value, "a")
+    layer.impl.do_kv_cache_update.assert_called_once_with(
+        layer, key, value, layer.kv_cache, slots
+    )
 
 
 def test_attention_layer_attributes() -> None:
-    text = source(Attention.__init__)
-    for name in (
-        "layer_name",
-        "num_heads",
-        "num_kv_heads",
-        "head_size",
-        "head_size_v",
-        "attn_backend",
-        "impl",
-        "kv_cache",
-    ):
-        assert f"self.{name} = " in text, name
+    config = engine_config()
+    with set_current_vllm_config(config):
+        layer = Attention(4, 64, 0.125, num_kv_heads=2, prefix="model.layers.0.attn")
+    assert layer.layer_name == "model.layers.0.attn"
+    assert (layer.num_heads, layer.num_kv_heads) == (4, 2)
+    assert (layer.head_size, layer.head_size_v) == (64, 64)
+    assert layer.attn_backend is stock("CPU_ATTN")
+    assert isinstance(layer.impl, layer.attn_backend.get_impl_cls())
+    assert layer.impl.scale == 0.125
+    assert layer.kv_cache is not None

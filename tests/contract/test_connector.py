@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import pickle
 from copy import copy
-from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer import get_kv_transfer_group, kv_transfer_state
@@ -20,16 +19,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
     supports_hma,
 )
+from vllm.forward_context import set_forward_context
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
-from tests.contract.looking import in_order, parameters, source
+from asl_vllm_testing.scheduler_host import REPORT
+from asl_vllm_testing.vllm_configs import engine_config
+from asl_vllm_testing.worker_connector import JOB, Queue, scheduled, worker_connector
+from tests.contract.looking import parameters
 
 SIGNATURES = {
     "bind_kv_cache_manager": ("self", "kv_cache_manager"),
@@ -82,15 +84,6 @@ def test_nothing_abstract_is_left() -> None:
     assert {role.name for role in KVConnectorRole} == {"SCHEDULER", "WORKER"}
 
 
-def test_metadata_is_bound_by_the_base_class() -> None:
-    assert "self._connector_metadata" in source(
-        KVConnectorBase_V1.bind_connector_metadata
-    )
-    assert "return self._connector_metadata" in source(
-        KVConnectorBase_V1._get_connector_metadata
-    )
-
-
 def test_transfer_results_and_connector_output_fields() -> None:
     assert {"finished_recving", "failed_recving"} <= fields(KVConnectorTransferResults)
     assert {
@@ -109,54 +102,38 @@ def test_messages_are_vllms_and_can_be_sent() -> None:
     assert pickle.loads(pickle.dumps(orders)) == orders
 
 
-V1_STEP = KVConnectorModelRunnerMixin._get_kv_connector_output
-V2_STEP = ActiveKVConnector.post_forward
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """Model runner V1 finds our connector; its queue. V2 has tests of its own."""
+    connector, queue = worker_connector()
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", connector)
+    assert get_kv_transfer_group() is connector
+    return queue
 
 
-@pytest.mark.parametrize("step", [V1_STEP, V2_STEP], ids=["V1", "V2"])
-def test_results_are_asked_for_after_the_passes(step: Any) -> None:
-    assert in_order(
-        source(step),
-        "start_load_kv(" if step is V1_STEP else "self._start_load_kv()",
-        "wait_for_save()",
-        "get_transfer_results(",
-        "build_connector_worker_meta()",
-        "clear_connector_metadata()",
-    )
-
-
-def test_loads_start_after_the_steps_forward() -> None:
+def test_passes_run_after_the_steps_forward_and_their_results_are_taken(
+    worker: Queue,
+) -> None:
     """In 0.32, unless a load is synchronous; ours never is."""
-    assert in_order(
-        source(V1_STEP),
-        "start_after_forward = not scheduler_output.has_sync_kv_loads",
-        "yield output",
-        "if start_after_forward:",
-        "kv_connector.start_load_kv(get_forward_context())",
-    )
-    assert in_order(
-        source(ActiveKVConnector.pre_forward),
-        "if scheduler_output.has_sync_kv_loads:",
-        "self._start_load_kv()",
-    )
-    assert "**load_kwargs" in source(ActiveKVConnector._start_load_kv)
+    step = KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(scheduled([JOB]))
+    with set_forward_context(None, engine_config()):
+        with step as output:
+            assert not worker.steps
+        assert worker.steps == [100]
+    assert output is not None
+    assert output.finished_recving == {"a"}
+    assert output.failed_recving == set()
+    assert isinstance(output.kv_connector_worker_meta, StepReports)
+    assert output.kv_connector_worker_meta.reports == {"a": REPORT}
 
 
-def test_a_step_without_tokens_runs_passes_too() -> None:
-    assert in_order(
-        source(KVConnectorModelRunnerMixin.kv_connector_no_forward),
-        "set_forward_context(None, vllm_config)",
-        "_get_kv_connector_output(scheduler_output)",
+def test_passes_run_in_a_step_without_forward(worker: Queue) -> None:
+    result = KVConnectorModelRunnerMixin.kv_connector_no_forward(
+        scheduled([JOB]), engine_config()
     )
-    assert in_order(
-        source(ActiveKVConnector.no_forward), "self.pre_forward(", "self.post_forward("
-    )
-
-
-def test_the_workers_connector_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = object()
-    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", mine)
-    assert get_kv_transfer_group() is mine
+    assert worker.steps == [100]
+    assert result.kv_connector_output is not None
+    assert result.kv_connector_output.finished_recving == {"a"}
 
 
 def rank_output(

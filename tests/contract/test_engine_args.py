@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import dataclasses
 import inspect
 import pickle
-from typing import get_args, get_type_hints
+import signal
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
 
-import vllm.entrypoints.cli.serve
+import pytest
 import vllm.envs
 from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.cli import serve
 from vllm.entrypoints.launchers.api_server import entry
-from vllm.entrypoints.launchers.dp_supervisor import DPSupervisor
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.utils import APIServerProcessManager
 
 from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.frontend import launch
 from asl_vllm.engine.frontend.launch import connector_config
 from asl_vllm.engine.patching import original_of
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.scheduler_host import make_host
 from asl_vllm_testing.vllm_configs import engine_config
-from tests.contract.looking import in_order, parameters, source
+from tests.contract.looking import parameters
 
 
 def test_add_cli_args_is_static_and_takes_the_parser() -> None:
@@ -43,8 +48,6 @@ def test_from_cli_args_is_a_class_method_of_a_namespace() -> None:
 
 def test_processes_get_parsed_arguments_before_plugins_are_loaded() -> None:
     """So the options travel in the arguments themselves, whatever comes with them."""
-    for spawns in (APIServerProcessManager.__init__, DPSupervisor._start_children):
-        assert "get_context('spawn')" in source(spawns)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     args = parser.parse_args(
         [
@@ -71,14 +74,48 @@ def test_engine_args_fields() -> None:
     assert fields["kv_transfer_config"].default is None
 
 
-def test_every_way_in_makes_its_configuration_by_create_engine_config() -> None:
-    for way_in in (
-        LLMEngine.from_engine_args,
-        AsyncLLM.from_engine_args,
-        entry.build_async_engine_client_from_engine_args,
-        vllm.entrypoints.cli.serve,
-    ):
-        assert ".create_engine_config(" in source(way_in), way_in
+class Configured(Exception):
+    """`create_engine_config` was called."""
+
+
+async def enter(args: AsyncEngineArgs) -> None:
+    async with entry.build_async_engine_client_from_engine_args(args):
+        pass
+
+
+WAYS_IN: dict[str, Callable[[], Any]] = {
+    "LLM": lambda: LLMEngine.from_engine_args(EngineArgs(model=str(TINY_MODEL))),
+    "AsyncLLM": lambda: AsyncLLM.from_engine_args(
+        AsyncEngineArgs(model=str(TINY_MODEL))
+    ),
+    "a server": lambda: asyncio.run(enter(AsyncEngineArgs(model=str(TINY_MODEL)))),
+    "a server without front end": lambda: serve.run_headless(served("--headless")),
+    "several front ends": lambda: serve.run_multi_api_server(
+        served("--api-server-count", "2", "--port", "0")
+    ),
+}
+
+
+def served(*options: str) -> argparse.Namespace:
+    """What ``vllm serve`` makes of its arguments."""
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(TINY_MODEL), *options])
+    args.api_server_count = args.api_server_count or 1
+    return args
+
+
+@pytest.mark.parametrize("way_in", WAYS_IN)
+def test_every_way_in_makes_its_configuration_by_create_engine_config(
+    way_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise Configured
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", stop)
+    # Theirs stay as they are after the test.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(Configured):
+        WAYS_IN[way_in]()
 
 
 def test_additional_config_reaches_the_configuration() -> None:
@@ -96,18 +133,18 @@ def test_kv_transfer_config_fields() -> None:
     )
 
 
-def test_a_producer_does_not_defer_frees() -> None:
+@pytest.mark.parametrize("role", ["kv_producer", "kv_both"])
+def test_a_producer_does_not_defer_frees(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Deferred frees keep a finished request's blocks for a step or more."""
-    config = connector_config()
-    assert config.is_kv_producer
-    assert not config.is_kv_consumer
-    both = KVTransferConfig(kv_connector="x", kv_role="kv_both")
-    assert both.is_kv_consumer
-    assert in_order(
-        source(Scheduler.__init__),
-        "if multiple_inflight_batches and kv_transfer_config.is_kv_consumer:",
-        "self.defer_block_free = True",
-    )
+    ours = connector_config()
+    assert ours.kv_role == "kv_producer"
+    other = dataclasses.replace(ours, kv_role=role)
+    monkeypatch.setattr(launch, "connector_config", lambda: other)
+    monkeypatch.setattr(VllmConfig, "max_concurrent_batches", 2)
+    scheduler = make_host().scheduler
+    assert scheduler.defer_block_free is (role == "kv_both")
 
 
 def test_the_connector_is_found_by_its_module_path() -> None:

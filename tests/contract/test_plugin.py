@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from typing import Any
 
+import pytest
 import vllm
 from vllm import plugins
+from vllm.engine import arg_utils
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.math_utils import cdiv
 from vllm.utils.mem_utils import format_gib
@@ -16,7 +20,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from asl_vllm.engine import lines
-from tests.contract.looking import in_order, source
+from asl_vllm_testing.vllm_configs import engine_args, engine_config
 
 
 def test_version() -> None:
@@ -27,33 +31,53 @@ def test_version() -> None:
     lines.check_installed()
 
 
-def test_general_plugins_are_loaded_in_every_process() -> None:
+def test_general_plugins_are_found_by_the_entry_point() -> None:
     assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
     points = importlib.metadata.entry_points(group=plugins.DEFAULT_PLUGINS_GROUP)
     assert points["asl_vllm"].value == "asl_vllm.plugin:register"
-    for place in (
-        EngineArgs.__post_init__,
-        EngineCore.__init__,
-        WorkerWrapperBase.init_worker,
-    ):
-        assert "load_general_plugins()" in source(place), place
 
 
-def test_plugins_are_loaded_before_options_are_declared() -> None:
-    assert in_order(
-        source(AsyncEngineArgs.add_cli_args),
-        "load_general_plugins()",
-        "EngineArgs.add_cli_args(parser)",
+class Loading(Exception):
+    """What a process does first has been reached."""
+
+
+def test_every_process_loads_plugins_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Front ends, where arguments are made; the engine core; workers."""
+
+    def load() -> None:
+        raise Loading
+
+    monkeypatch.setattr(plugins, "load_general_plugins", load)
+    monkeypatch.setattr(arg_utils, "load_general_plugins", load, raising=False)
+    with pytest.raises(Loading):
+        engine_args()
+    monkeypatch.undo()
+    config = engine_config()
+    monkeypatch.setattr(plugins, "load_general_plugins", load)
+    with pytest.raises(Loading):
+        EngineCore(config, Any, log_stats=False)
+    # Before the worker's class is looked for, which may come from a plugin.
+    config.parallel_config.worker_cls = "no_module.of_this.Name"
+    with pytest.raises(Loading):
+        WorkerWrapperBase().init_worker([{"vllm_config": config}])
+
+
+def test_plugins_are_loaded_before_options_are_declared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    declare = EngineArgs.add_cli_args
+
+    def note(parser: Any) -> Any:
+        calls.append("options")
+        return declare(parser)
+
+    monkeypatch.setattr(EngineArgs, "add_cli_args", staticmethod(note))
+    monkeypatch.setattr(
+        arg_utils, "load_general_plugins", lambda: calls.append("plugins")
     )
-
-
-def test_a_worker_is_named_after_plugins_are_loaded() -> None:
-    """The class may come from a plugin."""
-    assert in_order(
-        source(WorkerWrapperBase.init_worker),
-        "load_general_plugins()",
-        "resolve_obj_by_qualname(parallel_config.worker_cls)",
-    )
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert calls[:2] == ["plugins", "options"]
 
 
 def test_small_utilities() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
@@ -22,7 +23,11 @@ from vllm.entrypoints.openai.responses.protocol import (
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import BeamSearchParams, SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreReadyResponse,
+    EngineCoreRequest,
+)
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
@@ -30,7 +35,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from asl_vllm.engine.frontend.fields import FIELDS
 from asl_vllm.engine.patching import original_of
 from asl_vllm_testing.vllm_configs import engine_config
-from tests.contract.looking import in_order, parameters, source
+from tests.contract.looking import parameters
 
 MODELS: dict[type, dict[str, Any]] = {
     CompletionRequest: {"prompt": "x"},
@@ -100,22 +105,37 @@ def test_beam_search_makes_requests_of_its_own() -> None:
     assert "extra_args" not in names
 
 
-def test_process_inputs() -> None:
+def test_process_inputs_checks_a_clone_of_the_callers_parameters() -> None:
+    """The caller's are not ours to change; the clone has all that was left out."""
     original = original_of(InputProcessor, "process_inputs")
     assert original is not None
     assert parameters(original)[:4] == ("self", "request_id", "prompt", "params")
-    text = source(original)
-    assert in_order(
-        text,
-        # The caller's parameters are not ours to change; the clone is.
-        "sampling_params = params.clone()",
-        "if sampling_params.max_tokens is None:",
-        "sampling_params.max_tokens = self.model_config.max_model_len - prompt_len",
-        "return EngineCoreRequest(",
-    )
-    assert "self.vllm_config = vllm_config" in source(InputProcessor.__init__)
-    # The asynchronous form is made from the patched method.
-    assert "make_async(self.process_inputs" in source(InputProcessor.__init__)
+    config = engine_config({"policy": "asl", "window": 8}, block_size=32)
+    params = SamplingParams(max_tokens=None, extra_args={"kv_budget": 64})
+    prompt = {"prompt_token_ids": [7] * 200}
+    processor = InputProcessor(config)
+    made = processor.process_inputs("a", prompt, params, ("generate",))  # type: ignore[arg-type]
+    assert isinstance(made, EngineCoreRequest)
+    assert made.prompt_token_ids == prompt["prompt_token_ids"]
+    assert made.sampling_params is not None
+    assert made.sampling_params.max_tokens == 256 - 200
+    assert made.sampling_params.extra_args is not None
+    assert params.max_tokens is None
+    assert params.extra_args == {"kv_budget": 64}
+    # Samples of one request share what was checked.
+    made.external_req_id = "a"
+    assert ParentRequest(made).sampling_params is made.sampling_params
+
+
+def test_the_asynchronous_form_is_the_patched_one() -> None:
+    params = SamplingParams(extra_args={"kv_budget": 64})
+
+    async def process() -> None:
+        processor = InputProcessor(engine_config())
+        await processor.process_inputs_async("a", "x", params, ("generate",))
+
+    with pytest.raises(VLLMValidationError, match="started without --kv-policy"):
+        asyncio.run(process())
 
 
 def test_engine_core_request_fields() -> None:
@@ -138,34 +158,33 @@ def test_sampling_params_fields() -> None:
     assert SamplingParams(prompt_logprobs=1).skip_reading_prefix_cache is True
 
 
-def test_samples_of_a_request_share_its_checked_parameters() -> None:
-    assert "sampling_params = request.params" in source(ParentRequest.__init__)
-
-
 def test_a_validation_error_is_the_clients() -> None:
     error = VLLMValidationError("too small", parameter="kv_budget", value=3)
     assert isinstance(error, VLLMClientError)
     assert str(error) == "too small (parameter=kv_budget, value=3)"
 
 
-def test_the_front_end_adds_up_its_engines_blocks() -> None:
-    assert in_order(
-        source(MPClient._apply_ready_response),
-        "num_gpu_blocks = vllm_config.cache_config.num_gpu_blocks or 0",
-        "num_gpu_blocks += response.num_gpu_blocks",
-        "vllm_config.cache_config.num_gpu_blocks = num_gpu_blocks",
+@pytest.mark.parametrize("before", [None, 5])
+def test_the_front_end_adds_up_its_engines_blocks(before: int | None) -> None:
+    """Those that it manages: not all ranks where the load balancer is external."""
+    config = engine_config()
+    assert config.parallel_config.local_engines_only is False
+    config.cache_config.num_gpu_blocks = before
+    client = SimpleNamespace(
+        vllm_config=config,
+        _effective_attention_block_sizes=set(),
+        stats_update_address=None,
+        _kv_event_sources={},
     )
-
-
-def test_a_front_end_may_manage_some_engines_only() -> None:
-    """So the sum is over these, not over all data-parallel ranks."""
-    config = engine_config().parallel_config
-    assert config.local_engines_only is False
-    assert in_order(
-        source(MPClient.__init__),
-        "num_ranks = dp_local_size if parallel_config.local_engines_only else dp_size",
-        "self._apply_ready_response(payload)",
-    )
+    kinds = get_type_hints(EngineCoreReadyResponse)
+    blank = {
+        name: kind() if kind in (str, int, bool) else None
+        for name, kind in kinds.items()
+    }
+    sizes = {"num_gpu_blocks": 7, "max_model_len": 256, "block_size": 32}
+    answer = msgspec.msgpack.encode(EngineCoreReadyResponse(**{**blank, **sizes}))
+    MPClient._apply_ready_response(client, answer)  # type: ignore[arg-type]
+    assert config.cache_config.num_gpu_blocks == (before or 0) + 7
 
 
 def test_process_inputs_refuses_through_the_patch() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
@@ -27,7 +26,6 @@ from asl_vllm_testing.scheduler_host import (
     state_of,
     states,
 )
-from tests.contract.looking import in_order, source
 
 
 @pytest.fixture
@@ -291,31 +289,7 @@ def test_skip_reading_prefix_cache_makes_vllm_ignore_connectors(host: Host) -> N
     assert output.num_scheduled_tokens == {"a": host.step_tokens}
 
 
-def test_connectors_learn_of_a_request_before_it_is_scheduled() -> None:
-    assert in_order(
-        source(Scheduler.add_request),
-        "self._enqueue_waiting_request(request)",
-        "self.connector.on_new_request(request)",
-    )
-
-
-def test_connector_metadata_is_built_last() -> None:
-    """`orders` reads what the step's ordinary work leaves."""
-    assert in_order(
-        source(Scheduler.schedule),
-        "self.connector.get_num_new_matched_tokens(",
-        "self.connector.update_state_after_alloc(",
-        "SchedulerOutput(",
-        "self._build_kv_connector_meta(",
-    )
-
-
 def test_the_manager_is_bound_after_the_pool_is_made(host: Host) -> None:
-    assert in_order(
-        source(Scheduler.__init__),
-        "self.kv_cache_manager = KVCacheManager(",
-        "self.connector.bind_kv_cache_manager(self.kv_cache_manager)",
-    )
     manager = host.scheduler.kv_cache_manager
     assert len(manager.coordinator.single_type_managers) == 1
     assert manager.block_pool.num_gpu_blocks == POOL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -12,6 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from asl_vllm.engine.patching import original_of
 from asl_vllm.engine.scheduler.integrity import check_integrity
 from asl_vllm_testing.scheduler_host import (
     BLOCK,
@@ -23,7 +25,6 @@ from asl_vllm_testing.scheduler_host import (
     report_of,
     states,
 )
-from tests.contract.looking import in_order, parameters, source
 
 ABORTED = RequestStatus.FINISHED_ABORTED
 
@@ -84,18 +85,18 @@ def test_an_abort_takes_no_other_load_along(host: Host) -> None:
     assert output.kv_transfer_params["kept_tokens"] == KEPT
 
 
-def test_vllm_keeps_an_aborted_load_until_it_is_reported() -> None:
-    """What the wrapped methods lift: not so, and ours has no reason to be."""
-    assert in_order(
-        source(Scheduler.finish_requests.__asl_vllm_original__),
-        "request.status == RequestStatus.WAITING_FOR_REMOTE_KVS",
-        "delay_free_blocks = request.request_id not in self.finished_recving_kv",
-        "self.finished_recving_kv_req_ids.discard(request.request_id)",
-        "self._free_request(request, delay_free_blocks=delay_free_blocks)",
-    )
-    assert "existing.streaming_queue is not None, 'duplicate request id'" in source(
-        Scheduler.add_request
-    )
+def test_vllm_keeps_an_aborted_load_until_it_is_reported(host: Host) -> None:
+    """What the wrapped methods lift: ours has no reason to be kept."""
+    stock = original_of(Scheduler, "finish_requests")
+    assert stock is not None
+    host.add("a")
+    host.step()
+    held = host.free
+    stock(host.scheduler, "a", ABORTED)
+    assert host.free == held
+    assert "a" in host.scheduler.requests
+    with pytest.raises(AssertionError, match="duplicate request id"):
+        host.add("a")
 
 
 @pytest.mark.parametrize("outcome", ["dropped", "done", "failed"])
@@ -237,28 +238,15 @@ def test_a_paused_engine_has_nothing_to_do_and_runs_no_pass(host: Host) -> None:
 
 
 def test_pauses_and_resets_go_through_the_wrapped_methods() -> None:
-    assert in_order(
-        source(EngineCore.reset_prefix_cache),
-        "self.scheduler.reset_prefix_cache(reset_running_requests, reset_connector)",
-    )
-    assert "self.scheduler.set_pause_state(" in source(EngineCore.pause_scheduler)
-    assert "self.scheduler.set_pause_state(" in source(EngineCore.resume_scheduler)
-    assert parameters(EngineCore.abort_requests) == ("self", "request_ids")
-    assert "self.scheduler.finish_requests(" in source(EngineCore.abort_requests)
-
-
-def test_reports_pass_the_connector_before_vllm_reads_them() -> None:
-    """It takes late ones of dropped jobs out; vLLM would fail on them."""
-    assert in_order(
-        source(Scheduler._update_from_kv_xfer_finished),
-        "self.connector.update_connector_output(kv_connector_output)",
-        "for req_id in kv_connector_output.finished_recving or ()",
-        "assert req_id in self.requests",
-    )
-    # A failed one is looked at before, and passed over unless its request loads.
-    assert "request.status == RequestStatus.WAITING_FOR_REMOTE_KVS" in source(
-        Scheduler._handle_failed_recving
-    )
+    core: Any = Mock()
+    EngineCore.reset_prefix_cache(core, True, False)
+    core.scheduler.reset_prefix_cache.assert_called_once_with(True, False)
+    EngineCore.pause_scheduler(core, "keep")
+    EngineCore.resume_scheduler(core)
+    paused = [call.args for call in core.scheduler.set_pause_state.call_args_list]
+    assert paused == [(PauseState.PAUSED_ALL,), (PauseState.UNPAUSED,)]
+    EngineCore.abort_requests(core, ["a"])
+    core.scheduler.finish_requests.assert_called_once_with(["a"], ABORTED)
 
 
 def test_other_connectors_are_let_be(host: Host) -> None:

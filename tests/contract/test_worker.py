@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from vllm.config.cache import CacheConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.mem_utils import MemorySnapshot, memory_profiling
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
@@ -18,7 +22,8 @@ from vllm.v1.worker.gpu_worker import Worker, record_kv_cache_layout
 
 from asl_vllm.engine.frontend.launch import WORKERS
 from asl_vllm.engine.worker.worker import PrefillWorkerMixin
-from tests.contract.looking import in_order, parameters, source
+from asl_vllm_testing.vllm_configs import engine_config
+from tests.contract.looking import parameters, source
 
 
 @pytest.mark.parametrize("name", sorted(WORKERS))
@@ -42,13 +47,14 @@ def test_the_worker_is_asked_for_the_specs() -> None:
     assert parameters(Worker.get_kv_cache_spec) == ("self",)
     assert "get_kv_cache_spec" not in vars(CPUWorker)
     assert "get_kv_cache_spec" in vars(PrefillWorkerMixin)
-    assert "collective_rpc('get_kv_cache_spec')" in source(Executor.get_kv_cache_specs)
+    executor = SimpleNamespace(collective_rpc=lambda method: [method])
+    asked = Executor.get_kv_cache_specs(executor)  # type: ignore[arg-type]
+    assert asked == ["get_kv_cache_spec"]
 
 
-def test_worker_attributes() -> None:
-    assert "self.model_runner" in source(Worker.load_model)
+def test_a_gpu_worker_has_a_device() -> None:
+    """In vLLM's text, since it cannot be made here; our own reads this attribute."""
     assert "self.device = " in source(Worker.init_device)
-    assert "self.device = " in source(CPUWorker.init_device)
 
 
 @pytest.mark.parametrize("runner", [CPUModelRunner, GPUModelRunner, GPUModelRunnerV2])
@@ -57,44 +63,68 @@ def test_model_runner_methods(runner: type) -> None:
     assert parameters(runner.get_kv_cache_spec) == ("self",)  # type: ignore[attr-defined]
 
 
-def test_memory_taken_while_loading_is_not_given_to_the_pool() -> None:
+def test_memory_taken_while_loading_is_not_given_to_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What is free after profiling counts, not what weights and passes took."""
-    from vllm.utils.mem_utils import memory_profiling
+    free = {"now": 100}
 
-    assert in_order(
-        source(memory_profiling),
-        "result.total_consumed = result.before_create.free_memory - "
-        "result.after_profile.free_memory",
-        "result.non_kv_cache_memory = result.total_consumed",
-    )
-    assert "memory_info().rss" in source(CPUWorker.determine_available_memory)
+    def measure(snapshot: MemorySnapshot) -> None:
+        snapshot.free_memory = free["now"]
 
-
-def test_the_pool_is_sized_after_models_are_loaded() -> None:
-    assert in_order(
-        source(EngineCore.__init__),
-        "self.model_executor = executor_class(",
-        "self._initialize_kv_caches(",
-    )
-    assert in_order(
-        source(EngineCore._initialize_kv_caches),
-        "self.model_executor.get_kv_cache_specs()",
-        "self.model_executor.determine_available_memory()",
-        "get_kv_cache_configs(",
-    )
+    monkeypatch.setattr(MemorySnapshot, "measure", measure)
+    monkeypatch.setattr(torch, "accelerator", Mock())
+    before = MemorySnapshot(device="cpu")
+    free["now"] = 70
+    with memory_profiling(before, weights_memory=5) as result:
+        free["now"] = 60
+    assert result.non_kv_cache_memory == 100 - 60
 
 
-def test_the_connector_exists_once_the_pool_does() -> None:
-    assert in_order(
-        source(Worker.initialize_from_config),
-        "ensure_kv_transfer_initialized(",
-        "self.model_runner.initialize_kv_cache(",
-    )
-    assert "num_blocks" in parameters(KVCacheConfig)
+def test_the_pool_is_sized_after_models_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So what a worker takes while it loads is not there any more."""
+    calls: list[str] = []
+
+    class Sized(Exception):
+        pass
+
+    class Loaded:
+        """An executor: it is made with its workers' models loaded."""
+
+        def __init__(self, config: Any) -> None:
+            calls.append("load")
+
+        def get_kv_cache_specs(self) -> Any:
+            calls.append("specs")
+            spec = FullAttentionSpec(
+                block_size=128, num_kv_heads=2, head_size=32, dtype=torch.float32
+            )
+            return [{"layer": spec}]
+
+        def get_supported_kv_cache_layouts(self) -> Any:
+            return [[KVCacheLayout.LBHNC.name]]
+
+        def set_kv_cache_layout(self, name: str) -> None:
+            pass
+
+        def collective_rpc(self, *_: Any, **__: Any) -> Any:
+            return [None]
+
+        def determine_available_memory(self) -> Any:
+            calls.append("size")
+            raise Sized
+
+    config = engine_config()
+    assert config.cache_config.num_gpu_blocks is None
+    with pytest.raises(Sized):
+        EngineCore(config, Loaded, log_stats=False)  # type: ignore[arg-type]
+    assert calls == ["load", "specs", "size"]
+    assert config.cache_config.num_gpu_blocks is None
 
 
-def test_the_pools_layout_is_resolved_by_then() -> None:
-    assert "record_kv_cache_layout(" in source(Worker.initialize_from_config)
+def test_the_pools_layout_is_resolved() -> None:
     config = CacheConfig()
     record_kv_cache_layout(config, "LBHNC")
     assert config.get_resolved_kv_cache_layout() is KVCacheLayout.LBHNC
