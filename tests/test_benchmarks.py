@@ -70,7 +70,7 @@ def test_results_are_written_a_row_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", (ROOT / "benchmarks" / "results").glob("*.json"), ids=lambda p: p.stem
+    "path", (ROOT / "benchmarks" / "results").rglob("*.json"), ids=lambda p: p.stem
 )
 def test_results_in_the_repository_are_as_written(path: Path) -> None:
     text = path.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import forward_context
+from vllm import forward_context, ir
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -21,9 +22,13 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import set_forward_context
+from vllm.ir.op import IrOp
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheLayout,
@@ -182,6 +187,31 @@ def test_an_exchange_is_one_all_reduce(
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     assert Ranks().exchange(*mine) is verdict
     assert len(sent) == 2
+
+
+def test_a_custom_op_runs_what_its_instance_names() -> None:
+    with set_current_vllm_config(VllmConfig()):
+        norm = RMSNorm(4)
+    assert norm._forward_method in (norm.forward_native, norm.forward_cpu)
+    norm.__dict__["_forward_method"] = lambda x: ("own", x)
+    assert norm(7) == ("own", 7)
+
+
+def test_operations_have_kernels_by_priority() -> None:
+    for name in ("rms_norm", "fused_add_rms_norm"):
+        operation = IrOp.registry[name]
+        assert operation is getattr(ir.ops, name)
+        assert {"native", "vllm_c"} <= operation.impls.keys()
+        before = operation.get_priority()
+        with operation.set_priority(["native"]):
+            assert operation.get_priority() == ["native"]
+        assert operation.get_priority() == before
+    assert parameters(ir.enable_torch_wrap) == ("enable",)
+
+
+def test_kernels_write_nothing_to_the_padding_slot() -> None:
+    assert PAD_SLOT_ID < 0
+    assert "if slot_idx < 0:" in inspect.getsource(triton_reshape_and_cache_flash)
 
 
 def test_all_reduce_takes_a_tensor() -> None:

@@ -39,6 +39,7 @@ def test_worker_methods() -> None:
     assert issubclass(CPUWorker, Worker)
     assert parameters(Worker.load_model)[:1] == ("self",)
     assert parameters(Worker.initialize_from_config) == ("self", "kv_cache_config")
+    assert parameters(Worker.compile_or_warm_up_model) == ("self",)
     for name in ("load_model", "initialize_from_config"):
         assert name not in vars(CPUWorker), "the mixin must come before it"
 
