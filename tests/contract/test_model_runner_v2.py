@@ -143,6 +143,20 @@ def test_what_lies_behind_a_requests_blocks_does_not_matter() -> None:
         assert seen.seq_lens_cpu_upper_bound.tolist() == [4 * BLOCK]
 
 
+def test_only_what_the_longest_row_has_is_copied() -> None:
+    """A table has columns for `max_model_len` tokens, of which most are unused."""
+    made = builder(64)
+    behind = list(range(100, 160))
+    seen = made.build(
+        0, shown([[0, 0, 7, 8, *behind], [3, 0, 0, 0, *behind]], [100, 9])
+    )
+    assert seen.block_table_tensor.shape == (2, 64)
+    assert seen.block_table_tensor[:, :4].tolist() == [[7, 8, 0, 0], [3, 0, 0, 0]]
+    assert not seen.block_table_tensor[:, 4:].any()
+    full = made.build(0, shown([[5, 6, 7, 8, *behind]], [64 * BLOCK]))
+    assert full.block_table_tensor[0].tolist() == [5, 6, 7, 8, *behind]
+
+
 def test_each_builder_has_buffers_of_its_own() -> None:
     """Views of two groups may differ. tests/e2e runs them, interpreted."""
     assert ViewMixin.supports_update_block_table is False

@@ -51,11 +51,6 @@ class ChunkMetadata:
         self._bounds[:, 1] = numbers[: most + 1]
         self._made: dict[tuple[int, int], Any] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on the device."""
-        return self._ends.nbytes + self._bounds.nbytes
-
     def of(self, start: int, end: int) -> Any:
         """The backend's metadata of rows ``[start, end)``."""
         key = start, end
