@@ -1,6 +1,5 @@
 """scripts/demo.py: its prompt, its table, and how it handles a server."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,18 +9,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "demo.py"
+from asl_vllm_testing import scripts
+
+SCRIPT = scripts.SCRIPTS / "demo.py"
 
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("asl_demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["asl_demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["asl_demo"]
+    return scripts.load("demo")
 
 
 # --- prompt ---
@@ -36,8 +33,7 @@ def test_prompt_holds_the_fact_once_and_midway(demo):
 
 
 def test_prompt_has_about_2000_tokens_all_in_the_vocabulary(demo):
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer.from_file(str(demo.MODEL / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(demo.MODEL / "tokenizer.json"))
     encoded = tokenizer.encode(demo.build_prompt())
     assert 1900 <= len(encoded.ids) <= 2100
     assert tokenizer.token_to_id("<unk>") not in encoded.ids

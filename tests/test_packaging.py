@@ -1,7 +1,6 @@
 """What pyproject.toml and the set-up script promise."""
 
 import importlib.metadata
-import importlib.util
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ import pytest
 from setuptools import Distribution
 
 import asl_vllm
+from asl_vllm_testing import scripts
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "asl_vllm" / "assets"
@@ -34,11 +34,7 @@ def built(monkeypatch):
 
 @pytest.fixture(scope="module")
 def setup_env():
-    path = ROOT / "scripts" / "setup_env.py"
-    spec = importlib.util.spec_from_file_location("asl_setup_env", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("setup_env")
 
 
 # --- pyproject.toml ---

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-_MARK = "__asl_vllm_original__"
+MARK = "__asl_vllm_original__"
+"""Attribute of a replacement: the function of vLLM that it replaced."""
 
 
 class UpstreamDriftError(RuntimeError):
@@ -88,7 +89,7 @@ def wrap_method(
         raise UpstreamDriftError(f"{where} is gone from vLLM.")
     kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else None
     original = raw.__func__ if kind else raw
-    if hasattr(original, _MARK):
+    if hasattr(original, MARK):
         return
     found = tuple(inspect.signature(original).parameters)
     if found[: len(parameters)] != parameters:
@@ -98,7 +99,7 @@ def wrap_method(
 
     def replace() -> None:
         replacement = make(original)
-        setattr(replacement, _MARK, original)
+        setattr(replacement, MARK, original)
         replacement.__name__ = original.__name__
         replacement.__qualname__ = original.__qualname__
         replacement.__doc__ = original.__doc__
@@ -124,11 +125,3 @@ def _dotted(owner: type | ModuleType) -> str:
     if isinstance(owner, ModuleType):
         return owner.__name__
     return f"{owner.__module__}.{owner.__qualname__}"
-
-
-def original_of(owner: type | ModuleType, name: str) -> Callable[..., Any] | None:
-    """The wrapped original of a patched method; None where it is not patched."""
-    raw = inspect.getattr_static(owner, name)
-    function = getattr(raw, "__func__", raw)
-    original: Callable[..., Any] | None = getattr(function, _MARK, None)
-    return original

@@ -27,8 +27,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.frontend import launch
 from asl_vllm.engine.frontend.launch import connector_config
-from asl_vllm.engine.patching import original_of
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.scheduler_host import make_host
 from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import parameters

@@ -33,7 +33,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from asl_vllm.engine.frontend.fields import FIELDS
-from asl_vllm.engine.patching import original_of
+from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import parameters
 

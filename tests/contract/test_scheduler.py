@@ -153,17 +153,22 @@ def test_requests_without_a_budget_do_not_meet_the_connector(host: Host) -> None
     assert host.free == start
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.001])
+@pytest.mark.parametrize(
+    ("share", "given"),
+    [
+        (1.0, [2560, 2550, 1560, 0, 0]),
+        (0.5, [1280, 1280, 1280, 0, 0]),
+        # At least one, or a prompt would never end.
+        (0.0001, [1, 1, 1, 0, 0]),
+    ],
+)
 def test_passes_get_what_a_step_leaves_and_no_more_than_their_share(
-    share: float,
+    share: float, given: list[int]
 ) -> None:
-    host = make_host(pass_share=share)
-    full = host.step_tokens * 10
-    most = max(1, int(share * full))
-    for scheduled in (0, 1, 100, host.step_tokens, host.step_tokens + 5):
-        orders = host.connector.scheduler_side.orders(scheduled)
-        left = max(full - scheduled * 10, 0)
-        assert orders.token_layers == min(left, most)
+    """Of steps of 256 tokens through ten layers."""
+    side = make_host(pass_share=share).connector.scheduler_side
+    scheduled = (0, 1, 100, 256, 261)
+    assert [side.orders(tokens).token_layers for tokens in scheduled] == given
 
 
 @pytest.mark.parametrize("bands", [2, 5, 10])

@@ -40,9 +40,9 @@ from asl_server.app import KVEndpoints
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.frontend import engines, repeated_ids, request, usage
 from asl_vllm.engine.messages import STATE_METHOD
-from asl_vllm.engine.patching import original_of
 from asl_vllm.engine.scheduler import state
 from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
+from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import parameters
 

@@ -13,8 +13,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
-from asl_vllm.engine.patching import original_of
 from asl_vllm.engine.scheduler.integrity import check_integrity
+from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.scheduler_host import (
     BLOCK,
     BUDGET,

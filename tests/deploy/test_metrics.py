@@ -5,12 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from prometheus_client import Counter, Gauge, Histogram
 
+from asl_vllm.engine.scheduler import metrics
 from tests.deploy.metrics import LABELS, OURS
-
-metrics = pytest.importorskip("asl_vllm.engine.scheduler.metrics")
 
 
 def test_our_metrics_have_the_names_and_labels_that_are_listed() -> None:

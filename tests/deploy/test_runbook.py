@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from pathlib import Path
@@ -27,15 +26,6 @@ def test_the_command_prints_what_the_runbook_shows(capsys) -> None:
     assert (program, path) == (".venv/bin/python", "scripts/sizing.py")
     sizing.main(arguments)
     assert capsys.readouterr().out == block[1]
-
-
-def test_plain_arithmetic_of_the_runbook_is_right() -> None:
-    rows = re.findall(r"^\|.*\| ([^|=]+) = ([\d,]+)[^|]*\|$", RUNBOOK, re.M)
-    assert len(rows) == 5
-    for left, right in rows:
-        text = left.replace(",", "").replace(" x ", "*")
-        assert re.fullmatch(r"([\d\s+*/()-]|ceil)+", text)
-        assert eval(text, {"ceil": math.ceil}) == int(right.replace(",", ""))
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])

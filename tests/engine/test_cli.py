@@ -12,8 +12,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from asl_vllm import plugin
 from asl_vllm.config import POLICY_NAMES, AslConfig
-from asl_vllm.engine.patching import original_of
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.originals import original_of
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from asl_vllm.engine.patching import (
     add_method,
     change,
     check,
-    original_of,
     together,
     wrap_method,
 )
+from asl_vllm_testing.originals import original_of
 
 
 class Upstream:

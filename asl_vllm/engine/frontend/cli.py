@@ -1,4 +1,4 @@
-"""``--kv-policy``, ``--kv-budget`` and ``--kv-policy-config`` of the vllm command.
+"""The options ``--kv-*`` of the vllm command.
 
 Touch points: wraps ``EngineArgs.add_cli_args`` to declare the options, and carries
 them in ``additional_config``, where the offline
