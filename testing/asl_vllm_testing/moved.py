@@ -8,10 +8,6 @@ should it, the room is a module of this form beside ``asl_vllm/engine/lines.py``
 
 from __future__ import annotations
 
-from typing import Any
-
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-
 try:
     from vllm.v1.core.kv_cache_planning import (
         get_kv_cache_config_from_groups,
@@ -30,24 +26,14 @@ except ImportError:
         make_arg_parser,
     )
 
-# The generator of a chat stream's chunks; the older one makes their text as well.
-chat_stream: Any = getattr(
-    OpenAIServingChat,
-    "chat_completion_stream_generator_raw",
-    OpenAIServingChat.chat_completion_stream_generator,
-)
-
 OLDER = {
     "vllm.v1.core.kv_cache_planning": "groups were planned in kv_cache_utils",
     "vllm.entrypoints.common.cli_args": "the parser was in entrypoints.launchers",
-    "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat"
-    ".chat_completion_stream_generator_raw": "one generator made chunks and text",
 }
 """What the newer lines have and the oldest has not -> how it was there."""
 
 __all__ = [
     "OLDER",
-    "chat_stream",
     "get_kv_cache_config_from_groups",
     "get_kv_cache_groups",
     "make_arg_parser",

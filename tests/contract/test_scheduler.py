@@ -288,7 +288,6 @@ def test_only_pruned_requests_may_lose_their_hashes(host: Host) -> None:
         host.step()
     pool = host.scheduler.kv_cache_manager.block_pool
     assert [b.block_id for b in pool.blocks if b.block_hash is not None] == []
-    host.add("c", budget=None, tokens=BLOCK)
 
 
 def test_skip_reading_prefix_cache_makes_vllm_ignore_connectors(host: Host) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from asl_vllm import plugin
 from asl_vllm.config import POLICY_NAMES, AslConfig
 from asl_vllm.engine.patching import original_of
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.moved import make_arg_parser
 
 
 @pytest.fixture(scope="module")
