@@ -86,9 +86,10 @@ def print_changes(release: str, files: Path) -> None:
 def run_tests(files: Path, arguments: list[str]) -> int:
     """Runs pytest with that vLLM first on the path; its exit status."""
     ours = [ROOT, *(ROOT / name for name in ("kernels", "server", "testing"))]
+    others = filter(None, [os.environ.get("PYTHONPATH")])
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, [files, *ours])),
+        "PYTHONPATH": os.pathsep.join(map(str, [files, *ours, *others])),
         UNTESTED_VARIABLE: "1",
         # Bytecode lies beside the files, which are kept.
         "PYTHONDONTWRITEBYTECODE": "",

@@ -123,7 +123,7 @@ def test_a_stream_that_asks_for_no_usage_has_none(pruning: Server) -> None:
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_kv_transfer_params_in_streams(pruning: Server, path: str) -> None:
     """Of each choice in its last chunk where vLLM has the field there, since 0.33."""
-    asked = body(path, kv_budget=BUDGET, stream=True, n=2)
+    asked = body(path, kv_budget=BUDGET, stream=True, n=2) | {"temperature": 1}
     chunks = events(pruning.post(path, **asked).text)
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert {choice["index"] for choice in choices} == {0, 1}
