@@ -41,6 +41,9 @@ class Worker(worker.PrefillWorkerMixin, Base):
             loaded=False,
         )
 
+    def _check_scales(self) -> None:
+        """Of the model, which is not there."""
+
     def _one_spec(self) -> Any:
         raise Reached(self.vllm_config.cache_config.block_size)
 
