@@ -24,6 +24,8 @@ test: setup ## Lint, check types and run every test
 	@# Apart: vLLM must not see an interpreted Triton.
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) --ignore=tests/triton
+	@# The supported vLLM that has no CPU build; downloads its wheel once.
+	$(BIN)/python scripts/try_vllm.py --supported
 
 weights: setup ## Fetch a real model of 135M parameters for the tests (needs the network)
 	@$(BIN)/python -m asl_vllm_testing.real_model

@@ -11,8 +11,12 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 
 from asl_vllm.config import AslConfig, ConfigError
-from asl_vllm.engine.settings import bands_of, config_of, pass_token_layers
-from asl_vllm.selection.budget import BudgetError, minimum_budget, validate_budget
+from asl_vllm.engine.settings import (
+    bands_of,
+    check_budget,
+    config_of,
+    pass_token_layers,
+)
 
 SUPPORTED_ARCHITECTURES: frozenset[str] = frozenset(
     {
@@ -167,8 +171,4 @@ def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
             f"pass_share={config.pass_share} leaves of a step; raise these, or leave "
             "chunk_tokens out."
         )
-    minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)
-    try:
-        validate_budget(config.budget, minimum=minimum)
-    except BudgetError as error:
-        raise ConfigError(f"--kv-budget: {error}") from None
+    check_budget(vllm_config)

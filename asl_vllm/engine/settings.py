@@ -6,8 +6,9 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from asl_vllm.config import CONFIG_KEY, AslConfig
+from asl_vllm.config import CONFIG_KEY, AslConfig, ConfigError
 from asl_vllm.prefill import Bands
+from asl_vllm.selection.budget import BudgetError, minimum_budget, validate_budget
 
 
 def config_of_additional(additional_config: Any) -> AslConfig:
@@ -71,3 +72,20 @@ def chunk_tokens(vllm_config: VllmConfig) -> int:
     asked = config_of(vllm_config).chunk_tokens
     step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     return asked or min(step_tokens, pass_token_layers(vllm_config))
+
+
+def check_budget(vllm_config: VllmConfig) -> None:
+    """Refuses a default budget below the smallest for the block size in force.
+
+    Asked when the arguments are read, and again when a model is loaded: then vLLM
+    settles the block size, unless ``--block-size`` says it.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    config = config_of(vllm_config)
+    minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)
+    try:
+        validate_budget(config.budget, minimum=minimum)
+    except BudgetError as error:
+        raise ConfigError(f"--kv-budget: {error}") from None

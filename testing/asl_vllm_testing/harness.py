@@ -97,7 +97,7 @@ def engine(
         "max_num_seqs": 8,
         "seed": 0,
         "kv_cache_memory_bytes": 1 << 28,
-        "num_gpu_blocks_override": pool_tokens // kw.get("block_size", BLOCK) + 1,
+        "num_gpu_blocks_override": pool_tokens // (kw.get("block_size") or BLOCK) + 1,
         **kw,
     }
     if policy is not None:

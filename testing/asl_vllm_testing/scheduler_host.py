@@ -10,10 +10,10 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_groups,
     get_request_block_hasher,
     init_none_hash,
 )
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -27,6 +27,7 @@ from asl_vllm.engine.kv_spec import in_bands, prunable
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.engine.scheduler.state import engine_state
 from asl_vllm.prefill import Bands, PrefillReport
+from asl_vllm_testing.moved import get_kv_cache_groups
 from asl_vllm_testing.vllm_configs import engine_config
 
 BLOCK = 32
@@ -128,20 +129,38 @@ class Host:
         ] or [[]]
 
 
+def _ngram(drafts: int) -> dict[str, Any]:
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": drafts,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 2,
+    }
+
+
 def make_host(
     *,
     pool_blocks: int = POOL,
     scheduler_class: type[Scheduler] = Scheduler,
     step_tokens: int = 256,
+    drafts: int = 0,
     **policy: Any,
 ) -> Host:
-    """A scheduler without an engine, its pool of ``pool_blocks`` blocks."""
+    """A scheduler without an engine, its pool of ``pool_blocks`` blocks.
+
+    With ``drafts`` it schedules so many drafted tokens for each request in a step.
+    """
     config = engine_config(
         {"policy": "asl", "window": 8, **policy},
         max_model_len=2048,
         block_size=BLOCK,
         max_num_batched_tokens=step_tokens,
         max_num_seqs=8,
+        speculative_config=_ngram(drafts) if drafts else None,
+    )
+    # As vLLM has it where it chooses such a scheduler itself.
+    config.scheduler_config.async_scheduling = issubclass(
+        scheduler_class, AsyncScheduler
     )
     config.cache_config.num_gpu_blocks = pool_blocks
     record_kv_cache_layout(config.cache_config, "LBHNC")

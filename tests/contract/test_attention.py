@@ -69,7 +69,8 @@ def test_the_cpu_platform_looks_at_cpu_attn_only() -> None:
     """Why CUSTOM cannot be used and the entry itself is overridden."""
     attention.install()
     chosen = CpuPlatform.get_attn_backend_cls(
-        AttentionBackendEnum.CUSTOM, SimpleNamespace(use_sparse=False, use_mla=False)
+        AttentionBackendEnum.CUSTOM,
+        SimpleNamespace(use_sparse=False, use_mla=False, kv_cache_dtype="auto"),
     )
     assert chosen == "asl_vllm.engine.worker.attention.Asl_CPU_ATTN"
 

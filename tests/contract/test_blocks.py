@@ -11,8 +11,6 @@ import torch
 from vllm.v1 import kv_cache_spec_registry
 from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_capacity,
-    get_kv_cache_config_from_groups,
-    get_kv_cache_groups,
 )
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
@@ -39,6 +37,7 @@ from asl_vllm_testing.block_manager import (
     pruned_blocks,
     request,
 )
+from asl_vllm_testing.moved import get_kv_cache_config_from_groups, get_kv_cache_groups
 from asl_vllm_testing.vllm_configs import engine_config
 from tests.contract.looking import parameters, source
 

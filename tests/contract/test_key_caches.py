@@ -93,6 +93,7 @@ def test_keys_are_read_from_where_a_backend_writes_them(
     impl.head_size = DIM
     impl.kv_cache_dtype = "auto"
     impl._is_per_token_head_quant = False
+    impl._set_kv_ptr_range = False
     cache = vllm_cache(layout, 1, torch.float32)
     layer = SimpleNamespace(_k_scale=None, _v_scale=None)
     k = torch.randn(40, KV_HEADS, DIM)

@@ -26,6 +26,7 @@ from asl_vllm_testing.scheduler_host import (
 )
 from asl_vllm_testing.vllm_configs import engine_config
 from asl_vllm_testing.worker_connector import JOB, Queue, scheduled, worker_connector
+from tests.contract.looking import parameters
 
 
 @pytest.fixture
@@ -59,6 +60,26 @@ def test_passes_run_after_the_forward_with_more_arguments(
     assert output is not None
     assert not output.finished_recving
     assert queue.steps == [100], "nothing to do is no step"
+
+
+def test_passes_run_before_drafts_where_their_end_is_put_off(
+    runner: tuple[ActiveKVConnector, Queue],
+) -> None:
+    """Since 0.33, with a drafter: reports are read, then it drafts, then all ends."""
+    if "defer_finalize" not in parameters(ActiveKVConnector.post_forward):
+        pytest.skip("this line drafts before post_forward")
+    host, queue = runner
+    host.pre_forward(scheduled([JOB]), BATCH)
+    output = host.post_forward(set(), defer_finalize=True)
+    assert queue.steps == [100]
+    assert output.finished_recving == {"a"}
+    assert output.kv_connector_worker_meta.reports == {"a": REPORT}
+    host.finalize_step()
+    assert queue.steps == [100]
+    host.pre_forward(scheduled([]), BATCH)
+    output = host.post_forward(set(), defer_finalize=True)
+    assert not output.finished_recving, "reported once"
+    host.finalize_step()
 
 
 def test_passes_run_in_a_step_without_forward(

@@ -9,8 +9,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from vllm.config.cache import CacheConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.mem_utils import MemorySnapshot, memory_profiling
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
@@ -129,3 +132,25 @@ def test_the_pools_layout_is_resolved() -> None:
     config = CacheConfig()
     record_kv_cache_layout(config, "LBHNC")
     assert config.get_resolved_kv_cache_layout() is KVCacheLayout.LBHNC
+
+
+@pytest.mark.parametrize("asked", [None, 32])
+def test_the_block_size_is_settled_after_loading(asked: int | None) -> None:
+    """By what executors do after `load_model`; doing it twice changes nothing."""
+
+    class Layer(AttentionLayerBase):
+        impl = None
+
+        def get_attn_backend(self) -> Any:
+            return CPUAttentionBackend
+
+        def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+            return None
+
+    config = engine_config(block_size=asked)
+    config.compilation_config.static_forward_context["layer"] = Layer()
+    sizes = []
+    for _ in range(2):
+        current_platform.update_block_size_for_backend(config)
+        sizes.append(config.cache_config.block_size)
+    assert sizes == [asked or 128] * 2

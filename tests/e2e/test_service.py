@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice
 
 from asl_vllm import __version__
 from asl_vllm.config import POLICY_NAMES
@@ -117,6 +118,21 @@ def test_usage_of_streams(
 def test_a_stream_that_asks_for_no_usage_has_none(pruning: Server) -> None:
     asked = body(COMPLETIONS, kv_budget=BUDGET, stream=True)
     assert "kv_cache" not in pruning.post(COMPLETIONS, **asked).text
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_kv_transfer_params_in_streams(pruning: Server, path: str) -> None:
+    """Of each choice in its last chunk where vLLM has the field there, since 0.33."""
+    asked = body(path, kv_budget=BUDGET, stream=True, n=2) | {"temperature": 1}
+    chunks = events(pruning.post(path, **asked).text)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert {choice["index"] for choice in choices} == {0, 1}
+    told = [choice for choice in choices if choice.get("kv_transfer_params")]
+    expected = for_chat(REPORT, path)
+    assert all(choice["kv_transfer_params"] == expected for choice in told)
+    assert all(choice["finish_reason"] for choice in told)
+    in_chunks = "kv_transfer_params" in CompletionResponseStreamChoice.model_fields
+    assert sorted(c["index"] for c in told) == ([0, 1] if in_chunks else [])
 
 
 def test_a_budget_beyond_the_prompt_says_what_it_was(pruning: Server) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from asl_vllm import plugin
 from asl_vllm.config import POLICY_NAMES, AslConfig
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.moved import make_arg_parser
 from asl_vllm_testing.originals import original_of
 
 

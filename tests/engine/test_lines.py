@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from asl_vllm.engine import lines
 from asl_vllm.engine.lines import LINES, UNTESTED_VARIABLE, check_installed, described
 from asl_vllm.engine.patching import UpstreamDriftError
+from asl_vllm_testing import moved
+from asl_vllm_testing.other_vllm import installed_files
+from asl_vllm_testing.touch_points import code_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = [line.name for line in LINES]
@@ -118,3 +122,14 @@ def test_code_asks_for_features_not_for_numbers() -> None:
             text = path.read_text(encoding="utf-8")
             if path.name != "lines.py":
                 assert not re.search(r"vllm\.__version__|[\"']0\.3\d", text), path
+
+
+@pytest.mark.parametrize("name", moved.OLDER)
+def test_the_oldest_line_still_needs_what_is_kept_for_it(name: str) -> None:
+    """Fails once that line is no longer supported: remove the entry then."""
+    found = lines.installed()
+    assert found is not None
+    if LINES[0].has(found[1]):
+        assert not code_of(installed_files(), name)
+    else:
+        assert code_of(installed_files(), name)

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from asl_vllm.engine.lines import UNTESTED_VARIABLE, described
 from asl_vllm_testing.vllm_configs import TINY_MODEL
 from tests.engine import starting
 
 OTHER, SUPPORTED = "0.34.0+cpu", "0.33.1+cpu"
 ASL = ("--kv-policy", "asl")
-REFUSAL = f"supports vLLM 0.32.* or 0.33.*, found vllm {OTHER}"
+REFUSAL = f"supports vLLM {described()}, found vllm {OTHER}"
 
 _PROCESSOR = "import vllm.v1.engine.input_processor as module\n"
 DRIFTS = {
@@ -85,7 +86,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     ran = subprocess.run(
         [sys.executable, starting.__file__, str(folder)],
         input=json.dumps(list(SCENARIOS.values())),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            UNTESTED_VARIABLE: "0",
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,

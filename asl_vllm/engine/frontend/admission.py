@@ -220,7 +220,9 @@ def usable_blocks(vllm_config: VllmConfig) -> int | None:
     usable: int = total // _engines_behind(vllm_config) - 1
     usable //= settings.config_of(vllm_config).bands
     if vllm_config.speculative_config is not None:
-        drafted = 1 + vllm_config.num_speculative_tokens
+        # Those of every step in flight, of which no one knows yet how many are right.
+        steps = vllm_config.max_concurrent_batches
+        drafted = steps * (1 + vllm_config.num_speculative_tokens)
         usable -= cdiv(drafted, vllm_config.cache_config.block_size)
     return usable
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
@@ -43,6 +44,11 @@ class PrefillWorkerMixin:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model, then takes the memory of one prompt's prefill."""
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # What the executor does next. The memory taken here is in blocks, and unless
+        # the user gave their size a backend may prefer another than the default: on
+        # CPUs, or with FlashAttention 4 and heads of 256.
+        current_platform.update_block_size_for_backend(self.vllm_config)
+        settings.check_budget(self.vllm_config)
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
         self._check_scales()
