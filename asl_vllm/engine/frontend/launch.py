@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from asl_vllm.config import AslConfig
 from asl_vllm.engine.frontend import (
     apis,
+    options,
     repeated_ids,
     request,
     run_batch,
@@ -129,6 +130,7 @@ def install() -> None:
                 # Before the model is looked at: a bad one ends the start.
                 installed_policies()
                 _check_replies(config)
+                options.check(self)
                 _take_connector(self)
             else:
                 _release_backends()
