@@ -41,8 +41,9 @@ def test_every_policy_has_a_row(name: str) -> None:
     assert f"\n- `{name}`: " in text
 
 
-def test_the_table_of_options_is_the_codes() -> None:
-    script = ROOT / "scripts" / "option_table.py"
+@pytest.mark.parametrize("name", ["option_table.py", "endpoint_table.py"])
+def test_a_table_of_a_document_is_the_codes(name: str) -> None:
+    script = ROOT / "scripts" / name
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, (
         f"run {script.relative_to(ROOT)}"
     )

@@ -158,17 +158,20 @@ def add(
     *,
     budget: Any = None,
     max_tokens: int = 8,
+    stop: str | None = None,
     **fields: Any,
 ) -> Running:
     """Adds a greedy request that ignores end-of-text; `step` runs it.
 
-    ``fields`` are others of ours than ``kv_budget``, by their names.
+    ``stop`` is text that ends it. ``fields`` are others of ours than ``kv_budget``, by
+    their names.
     """
     given = {"kv_budget": budget, **fields}
     params = SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
         ignore_eos=True,
+        stop=stop,
         extra_args={name: value for name, value in given.items() if value is not None},
     )
     host.llm.llm_engine.add_request(

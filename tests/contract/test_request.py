@@ -8,7 +8,20 @@ from typing import Any, get_type_hints
 
 import msgspec
 import pytest
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.generative_scoring.serving import (
+    GenerativeScoringRequest,
+    ServingGenerativeScoring,
+)
+from vllm.entrypoints.generate.structured_decisions.protocol import (
+    StructuredDecisionRequest,
+)
+from vllm.entrypoints.generate.structured_decisions.serving import (
+    ServingStructuredDecisions,
+)
 from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
 )
@@ -20,6 +33,7 @@ from vllm.entrypoints.openai.responses.protocol import (
     ResponsesRequest,
     ResponsesResponse,
 )
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -197,3 +211,46 @@ def test_process_inputs_refuses_through_the_patch() -> None:
     with pytest.raises(VLLMValidationError, match="started without --kv-policy"):
         InputProcessor.process_inputs(Processor(), "a", "x", params)  # type: ignore[arg-type]
     assert not asyncio.iscoroutinefunction(InputProcessor.process_inputs)
+
+
+def test_a_batch_is_split_into_chat_requests() -> None:
+    """With the fields that it does not declare."""
+    message: Any = {"role": "user", "content": "x"}
+    batch = BatchChatCompletionRequest(messages=[[message]], others=64)
+    chat = batch.to_chat_completion_request([message])
+    assert isinstance(chat, ChatCompletionRequest)
+    assert chat.model_extra == {"others": 64}
+
+
+def test_a_message_becomes_a_chat_request() -> None:
+    """Field by field; what it does not declare is dropped before."""
+    message: Any = {"role": "user", "content": "x"}
+    body = {"model": "m", "max_tokens": 4, "messages": [message], "others": 64}
+    asked = AnthropicMessagesRequest(**body, vllm_xargs={"kv_budget": 64})
+    chat = AnthropicServingMessages._build_base_request(asked, [message])
+    assert isinstance(chat, ChatCompletionRequest)
+    assert chat.vllm_xargs == {"kv_budget": 64}
+    assert not chat.model_extra
+
+
+def test_handlers_of_endpoints_that_read_no_field() -> None:
+    """Their models let extra fields through, to where they can be seen."""
+    for owner, name, model in (
+        (
+            ServingGenerativeScoring,
+            "create_generative_scoring",
+            GenerativeScoringRequest,
+        ),
+        (ServingStructuredDecisions, "create_decision", StructuredDecisionRequest),
+    ):
+        handler = original_of(owner, name) or getattr(owner, name)
+        assert parameters(handler)[:3] == ("self", "request", "raw_request")
+        assert asyncio.iscoroutinefunction(handler)
+        assert model.model_config["extra"] == "allow"
+
+
+def test_token_requests_have_sampling_parameters() -> None:
+    """And drop fields that they do not declare."""
+    field = GenerateRequest.model_fields["sampling_params"]
+    assert field.annotation is SamplingParams
+    assert GenerateRequest.model_config.get("extra") is None

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.launchers import run_batch as runner
 from vllm.entrypoints.openai.responses.protocol import ResponseUsage
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
@@ -235,3 +236,14 @@ def test_an_id_that_is_taken_is_refused(
     else:
         asyncio.run(AsyncLLM.add_request(client, "a", "prompt"))
     assert asked == (["b"] if plain else ["b", "a"])
+
+
+def test_the_batch_runner_calls_run_request_for_each_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its name in the module, so that replacing it there is enough."""
+    asked: list[Any] = []
+    monkeypatch.setattr(runner, "run_request", lambda *args: asked.append(args))
+    line, tracker, handler = Mock(url="/v1/completions"), Mock(), Mock()
+    runner.handle_endpoint_request(line, tracker, bool, lambda: handler)
+    assert asked == [(handler, line, tracker)]

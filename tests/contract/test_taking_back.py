@@ -23,7 +23,6 @@ from asl_vllm_testing.scheduler_host import (
     Host,
     make_host,
     report_of,
-    states,
 )
 
 ABORTED = RequestStatus.FINISHED_ABORTED
@@ -118,7 +117,8 @@ def test_a_name_may_come_again_while_its_aborted_job_is_unreported(
     failed = {"a"} if outcome == "failed" else None
     host.answer(step, done={"a"}, failed=failed, report=report)
     assert again.status == RequestStatus.WAITING
-    assert states(host) == [("a", "waiting", 0, None, 0)]
+    (state,) = host.connector.scheduler_side.pruned_requests()
+    assert (state["state"], state["layer"], state["blocks_held"]) == ("waiting", 0, 0)
     _, orders = host.step()
     assert orders.drops == set()
     (job,) = orders.jobs
@@ -160,7 +160,8 @@ def test_a_reset_puts_pruned_prompts_back(host: Host) -> None:
     assert host.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert whole(host)
     assert host.free == 29
-    assert [state[-1] for state in states(host)] == [0, 0, 0]
+    held = host.connector.scheduler_side.pruned_requests()
+    assert [state["blocks_held"] for state in held] == [0, 0, 0]
     waiting = [request.request_id for request in host.scheduler.waiting]
     assert waiting == ["plain", "decodes", "ended", "prefilled"]
     assert not host.scheduler.kv_holding_waiting

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asl_vllm_testing.server import Server
-from tests.fuzzing.bodies import mutated, raw
+from tests.fuzzing.bodies import mutated, placed, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 from tests.fuzzing.stock import is_stock
 
@@ -22,10 +22,11 @@ def openapi(pruning: Server) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("kind", ["raw", "mutated", "generated"])
+@pytest.mark.parametrize("kind", ["raw", "placed", "mutated", "generated"])
 def test_hostile_requests(pruning: Server, openapi: dict[str, Any], kind: str) -> None:
     cases = {
         "raw": lambda: raw(megabytes=1),
+        "placed": placed,
         "mutated": lambda: mutated(openapi, SEED, 600),
         "generated": lambda: generated(openapi, SEED, 24),
     }[kind]()

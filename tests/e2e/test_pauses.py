@@ -173,8 +173,9 @@ def test_an_id_that_is_taken_is_refused(server: Server) -> None:
         reply = server.post(
             "/v1/completions", prompt="the sky", request_id="twin", **more
         )
-        assert reply.status_code == 400, reply.text
-        assert reply.json()["error"]["param"] == "request_id"
+        # vLLM adds a streamed request once its reply has begun.
+        assert reply.status_code == (200 if "stream" in more else 400), reply.text
+        assert '"param":"request_id"' in reply.text.replace(" ", "")
     assert first.result()["text"].split()[:4] == LONG.answer_words
     assert_whole(server)
 

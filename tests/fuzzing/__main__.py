@@ -16,7 +16,7 @@ from pathlib import Path
 
 from asl_vllm_testing.server import serve
 from asl_vllm_testing.settings import SERVER_OPTIONS
-from tests.fuzzing.bodies import OURS, Case, mutated, raw
+from tests.fuzzing.bodies import OURS, Case, mutated, placed, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 
 
@@ -45,6 +45,7 @@ def main() -> int:
         failures = []
         for name, cases in (
             ("no JSON or oversized", raw()),
+            ("misplaced fields, ways to end", placed()),
             ("hostile fields", mutated(openapi, options.seed, options.mutated)),
             ("schemathesis", generated(openapi, options.seed, options.generated)),
         ):

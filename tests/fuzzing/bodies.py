@@ -38,6 +38,15 @@ HOSTILE: list[Any] = [
 ]
 
 
+ENDINGS: list[dict[str, Any]] = [
+    *({name: ["9", "7"]} for name in ("stop", "stop_sequences")),
+    *({"stop": ""}, {"stop": [""]}, {"stop": "9", "n": 2, "temperature": 1}),
+    *({"stop_token_ids": [9], "ignore_eos": True}, {"min_tokens": 2, "max_tokens": 2}),
+    *({"use_beam_search": True, "n": 2}, {"request_id": "again"}),
+]
+"""Ways for a request to end, or to name itself."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One request, ready to send."""
@@ -96,6 +105,33 @@ def mutated(openapi: dict[str, Any], seed: int, count: int) -> Iterator[Case]:
         for name in rng.sample(fields[path], rng.choice((0, 1, 1, 2, 3))):
             body[name] = rng.choice(HOSTILE)
         yield encoded(path, bounded(body))
+
+
+def placed() -> Iterator[Case]:
+    """Our fields where clients put them by mistake, in both places, and beside others.
+
+    Also at the endpoints whose other fields are not varied.
+    """
+    chat = VALID["/v1/chat/completions"]
+    paths = {
+        **VALID,
+        "/v1/chat/completions/batch": {**chat, "messages": [chat["messages"]] * 2},
+        "/v1/messages": chat,
+    }
+    values: list[Any] = [None, True, 1.0, 3, 64, "64", [64], {"a": 1}]
+    beside: list[dict[str, Any]] = [
+        *({name: {"kv_budget": 64}} for name in ("extra_body", "extra_args")),
+        *({"sampling_params": {"kv_budget": 64}}, {"kv_buget": 64}, {"kvBudget": 64}),
+        *({"vllm_xargs": {"kv_budget": value}} for value in values),
+        *({"kv_budget": value, "vllm_xargs": {"kv_budget": 48}} for value in values),
+        *({"kv_budget": 64, **more} for more in ENDINGS),
+        {"echo": True, "logprobs": 1, "max_tokens": 0, "kv_budget": 64},
+        {"prompt_logprobs": 1, "kv_budget": 64},
+    ]
+    for path, body in paths.items():
+        for fields in beside:
+            for stream in (False, True):
+                yield encoded(path, {**body, **fields, "stream": stream})
 
 
 def raw(megabytes: int = 8) -> Iterator[Case]:

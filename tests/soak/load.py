@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from vllm.v1.engine.core import EngineCore
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError
 from asl_vllm.selection.budget import resolve_kept
@@ -36,7 +39,10 @@ MOST_AT_ONCE = 12
 REST_EVERY = 100
 """Requests after which all are awaited and the pool must be whole."""
 STUCK_STEPS = 3000
-FAULTS = ("abort", "error", "memory", "nan", "preempt", "reset", "poison")
+FAULTS = (
+    *("abort", "error", "memory", "nan", "preempt", "reset", "poison"),
+    *("pause", "reset running", "retry"),
+)
 
 
 @dataclass
@@ -46,6 +52,15 @@ class Item:
     prompt: list[int]
     budget: int | None
     answer: list[int]
+    stop: str | None = None
+    """Text that ends the answer."""
+
+
+def stopped(item: Item, place: int) -> Item:
+    """The same question, to be ended by the word of the answer's token at ``place``."""
+    words = [f"w{token}" for token in item.answer]
+    end = next(i for i, word in enumerate(words) if words[place] in word)
+    return Item(item.prompt, item.budget, item.answer[: end + 1], words[place])
 
 
 def catalogue(
@@ -138,6 +153,10 @@ class Soak:
             if len(self._live) >= MOST_AT_ONCE:
                 return
             item = self._rng.choice(self._items)
+            place = self._rng.randrange(MAX_TOKENS)
+            # The first four tokens of the vocabulary have no words.
+            if self._rng.random() < 0.3 and item.answer[place] >= 4:
+                item = stopped(item, place)
             # Of one length: a live request is found by the beginning of its id.
             name = f"soak{self.report.asked.total():08d}"
             request = add(
@@ -146,9 +165,11 @@ class Soak:
                 item.prompt,
                 budget=item.budget,
                 max_tokens=MAX_TOKENS,
+                stop=item.stop,
             )
             self._live[name] = (request, item)
             self.report.asked["pruned" if item.budget else "full attention"] += 1
+            self.report.asked["to a stop string"] += item.stop is not None
 
     def _step(self) -> None:
         self.report.steps += 1
@@ -216,8 +237,48 @@ class Soak:
             scheduler._preempt_request(victim, 0.0)
         elif kind == "reset":
             scheduler.reset_prefix_cache()
+        elif kind == "pause":
+            self._pause()
+        elif kind == "reset running":
+            reset: bool = self._core.reset_prefix_cache(reset_running_requests=True)
+            assert reset
+        elif kind == "retry" and self._live:
+            self._retry(self._rng.choice(list(self._live)))
         elif kind == "poison":
             poison_unowned(self._host)
+
+    @property
+    def _core(self) -> EngineCore:
+        core: EngineCore = self._host.llm.llm_engine.engine_core.engine_core
+        return core
+
+    def _pause(self) -> None:
+        """Nothing moves meanwhile, with caches cleared or kept."""
+        self._core.pause_scheduler("keep", clear_cache=self._rng.random() < 0.5)
+        before = self._host.queue.progress()
+        for _ in range(3):
+            self._step()
+        if self._host.queue.progress() != before:
+            self.report.wrong.append("a prefill went on during a pause")
+        self._core.resume_scheduler()
+
+    def _retry(self, name: str) -> None:
+        """A client hangs up and asks again at once, under the same internal id."""
+        request, item = self._live.pop(name)
+        same = request.request_id
+        self._host.llm.llm_engine.abort_request([same], internal=True)
+        self._victims.discard(same)
+        plain = {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
+        with patch.dict(os.environ, plain):
+            again = add(
+                self._host,
+                same,
+                item.prompt,
+                budget=item.budget,
+                max_tokens=MAX_TOKENS,
+                stop=item.stop,
+            )
+        self._live[same] = (again, item)
 
     def _arm(self, model: Any) -> None:
         """The next pass, or the next sum of scores, fails once a fault is armed."""

@@ -16,7 +16,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from asl_vllm.engine import settings
-from asl_vllm.engine.frontend import request
+from asl_vllm.engine.frontend import apis, request
 from asl_vllm.engine.patching import wrap_method
 
 PLUGIN = "asl_server.app.KVEndpoints"
@@ -28,6 +28,8 @@ def install() -> None:
 
     def wrap(original: Any) -> Any:
         def load_endpoint_plugins(supported_tasks: Any = None) -> list[EndpointPlugin]:
+            # Where an application is built, vLLM has imported all endpoints by now.
+            apis.install()
             found: list[EndpointPlugin] = original(supported_tasks)
             vllm_config = request.served()
             if vllm_config is not None and settings.config_of(vllm_config).enabled:

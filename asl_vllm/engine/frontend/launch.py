@@ -14,7 +14,15 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from asl_vllm.config import AslConfig
-from asl_vllm.engine.frontend import request, standby, usage
+from asl_vllm.engine.frontend import (
+    apis,
+    options,
+    repeated_ids,
+    request,
+    run_batch,
+    standby,
+    usage,
+)
 from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
 from asl_vllm.engine.settings import config_of_additional
 from asl_vllm.selection.policies import installed_policies
@@ -104,7 +112,8 @@ def _check_replies(config: AslConfig) -> None:
     They are installed when an HTTP application is built, which is late to find out.
     """
     try:
-        check(usage.install)
+        for module in (usage, apis, repeated_ids):
+            check(module.install)
     except UpstreamDriftError as drift:
         raise standby.refusal(config, str(drift)) from drift
 
@@ -121,6 +130,7 @@ def install() -> None:
                 # Before the model is looked at: a bad one ends the start.
                 installed_policies()
                 _check_replies(config)
+                options.check(self)
                 _take_connector(self)
             else:
                 _release_backends()
@@ -130,6 +140,7 @@ def install() -> None:
 
                 compat.check(vllm_config, config)
                 _take_worker(vllm_config)
+                run_batch.install()
             request.serve(vllm_config)
             return vllm_config
 

@@ -1,25 +1,25 @@
 """Our fields in requests: of HTTP bodies, and where every request is checked.
 
-Touch points: the fields are added to the pydantic request models in place and copied
-to ``extra_args`` by their ``to_sampling_params``; ``InputProcessor.process_inputs``,
-through which HTTP, ``vllm_xargs`` and offline requests all pass, validates them.
+Touch points: the fields, which `apis` adds to the pydantic request models in place,
+are copied to ``extra_args`` by their ``to_sampling_params``;
+``InputProcessor.process_inputs``, through which HTTP, ``vllm_xargs`` and offline
+requests all pass, validates them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-from pydantic.fields import FieldInfo
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from asl_vllm.engine import settings
+from asl_vllm.engine.frontend import apis
 from asl_vllm.engine.frontend.admission import check_fields, check_request, refuse
 from asl_vllm.engine.frontend.fields import FIELDS
-from asl_vllm.engine.patching import change, wrap_method
+from asl_vllm.engine.patching import wrap_method
 from asl_vllm.selection.budget import shown
 
 _served: VllmConfig | None = None
@@ -40,26 +40,8 @@ def served() -> VllmConfig | None:
     return _served
 
 
-def _add_fields(model: type) -> None:
-    """Adds our fields to a pydantic request model; idempotent."""
-    fields = model.model_fields  # type: ignore[attr-defined]
-
-    def declare() -> None:
-        missing = [field for field in FIELDS if field.name not in fields]
-        for field in missing:
-            info: FieldInfo = Field(  # type: ignore[assignment]
-                default=None,
-                description=field.description,
-                json_schema_extra=field.schema,
-            )
-            # Any, so that one validation judges values as they were sent.
-            info.annotation = Any
-            fields[field.name] = info
-            model.__annotations__[field.name] = Any
-        if missing:
-            model.model_rebuild(force=True)  # type: ignore[attr-defined]
-
-    change(declare)
+def _read_fields(model: type) -> None:
+    """Copies our fields of a request model to the parameters that it makes."""
 
     def wrap(original: Any) -> Any:
         def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -103,8 +85,9 @@ def install() -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+    apis.declare()
     for model in (CompletionRequest, ChatCompletionRequest, ResponsesRequest):
-        _add_fields(model)
+        _read_fields(model)
 
     def wrap(original: Any) -> Any:
         def process_inputs(

@@ -6,23 +6,27 @@ makes after the last one carry the whole, in bodies and in streams alike.
 
 Touch points: wraps ``OutputProcessor.add_request``, where a sequence is first seen in
 its HTTP request's context; ``RequestState.make_request_output``, which its result
-passes; ``UsageInfo`` and ``ResponseUsage``; and ``AsyncLLM.generate`` and
+passes; ``UsageInfo``, ``ResponseUsage`` and ``AnthropicUsage``; and
+``AsyncLLM.generate`` and
 ``OpenAIServingResponses._generate_with_builtin_tools``, which are called with the
 tokenised prompt while a bad one can still be refused with a 400.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
+from pydantic import BaseModel
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 
-from asl_vllm.engine.patching import together, wrap_method
+from asl_vllm.engine.patching import change, together, wrap_method
 from asl_vllm.engine.result import sequence_usage
 
 USAGE_FIELD = "kv_cache"
@@ -110,6 +114,7 @@ def collect() -> Iterator[RequestUsage]:
 @together()
 def install() -> None:
     """Wraps the touch points; idempotent. For front ends with a policy only."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicUsage
     from vllm.entrypoints.openai.responses.protocol import ResponseUsage
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
@@ -131,7 +136,8 @@ def install() -> None:
         ),
         _wrap_output,
     )
-    for model in (UsageInfo, ResponseUsage):
+    change(partial(_allow_field, AnthropicUsage))
+    for model in (UsageInfo, ResponseUsage, AnthropicUsage):
         wrap_method(model, "__init__", ("self", "data"), _wrap_usage)
     wrap_method(
         AsyncLLM,
@@ -145,6 +151,17 @@ def install() -> None:
         ("self", "request_id", "engine_input", "sampling_params"),
         _wrap_responses,
     )
+
+
+def _allow_field(model: Any) -> None:
+    """Lets a usage model have our field, as the others do; and what contains it."""
+    if model.model_config.get("extra") == "allow":
+        return
+    model.model_config["extra"] = "allow"
+    model.model_rebuild(force=True)
+    for other in vars(sys.modules[model.__module__]).values():
+        if isinstance(other, type(BaseModel)) and other.__module__ == model.__module__:
+            other.model_rebuild(force=True)
 
 
 def _wrap_add(original: Any) -> Any:
@@ -202,7 +219,6 @@ def _wrap_usage(original: Any) -> Any:
         original(self, **data)
         usage = _current.get()
         if usage is not None and (report := usage.report()) is not None:
-            # The models allow fields that they do not declare.
             setattr(self, USAGE_FIELD, report)
 
     return __init__

@@ -19,12 +19,13 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.patching import together, wrap_method
 
 if TYPE_CHECKING:
     from asl_vllm.engine.scheduler.orders import SchedulerSide
 
 
+@together()
 def install() -> None:
     """Wraps the three methods; idempotent. Called where the engine core lives."""
 

@@ -1,0 +1,253 @@
+"""Every way to ask a server to generate, and where our fields are read there.
+
+One table: the code adds the fields by it, and refuses them by it where they are not
+read; docs/limits.md shows it (`scripts/endpoint_table.py`).
+
+Touch points: the request models that it names, the handlers of the endpoints that read
+no field, and ``AnthropicServingMessages._build_base_request``, which makes a chat
+request of a message's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pydantic import AfterValidator, Field
+from pydantic.fields import FieldInfo
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from asl_vllm.engine.frontend.admission import refuse
+from asl_vllm.engine.frontend.fields import FIELDS
+from asl_vllm.engine.patching import (
+    UpstreamDriftError,
+    change,
+    together,
+    wrap_method,
+)
+from asl_vllm.selection.budget import shown
+
+BODY = "in the body and in its `vllm_xargs`"
+PARAMETERS = "in `sampling_params.extra_args`; in the body they are refused"
+NOWHERE = "nowhere: they are refused. The server's default budget holds"
+WHOLE_PROOF = "`usage.kv_cache`, `X-KV-*` headers, `kv_transfer_params`"
+
+
+@dataclass(frozen=True)
+class Api:
+    """A path, or several of a kind; ``model`` is the pydantic model of its body."""
+
+    path: str
+    model: str | None
+    reads: str
+    """Where our fields are read, for the document; what the code does goes by it."""
+    proof: str
+    handler: tuple[str, str] | None = None
+    """The class and its method that refuses them, where nothing is read and extra
+    fields are let through."""
+
+
+APIS: tuple[Api, ...] = (
+    Api(
+        "/v1/completions",
+        "vllm.entrypoints.openai.completion.protocol.CompletionRequest",
+        BODY,
+        WHOLE_PROOF,
+    ),
+    Api(
+        "/v1/chat/completions",
+        "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",
+        BODY,
+        WHOLE_PROOF,
+    ),
+    Api(
+        "/v1/chat/completions/batch",
+        "vllm.entrypoints.openai.chat_completion.protocol.BatchChatCompletionRequest",
+        BODY,
+        "`usage.kv_cache` with a part for each conversation, `X-KV-*` headers",
+    ),
+    Api(
+        "/v1/responses",
+        "vllm.entrypoints.openai.responses.protocol.ResponsesRequest",
+        BODY,
+        "`usage.kv_cache`, also of background and stored responses; `X-KV-*` headers, "
+        "but for those",
+    ),
+    Api(
+        "/v1/messages",
+        "vllm.entrypoints.anthropic.protocol.AnthropicMessagesRequest",
+        BODY,
+        "`usage.kv_cache`, `X-KV-*` headers",
+    ),
+    Api(
+        "/v1/completions/render, /v1/chat/completions/render, /v1/responses/render, "
+        "/v1/messages/render",
+        None,
+        f"{BODY}, and handed on in `sampling_params.extra_args`",
+        "none: nothing is generated",
+    ),
+    Api(
+        "/inference/v1/generate",
+        "vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest",
+        PARAMETERS,
+        "`X-KV-*` headers, `kv_transfer_params`",
+    ),
+    Api("/invocations", None, "as the endpoint that the body is of", "as there"),
+    Api(
+        "/generative_scoring",
+        "vllm.entrypoints.generate.generative_scoring.serving.GenerativeScoringRequest",
+        NOWHERE,
+        "`X-KV-*` headers",
+        (
+            "vllm.entrypoints.generate.generative_scoring.serving"
+            ".ServingGenerativeScoring",
+            "create_generative_scoring",
+        ),
+    ),
+    Api(
+        "/v1/systemone",
+        "vllm.entrypoints.generate.structured_decisions.protocol"
+        ".StructuredDecisionRequest",
+        NOWHERE,
+        "`X-KV-*` headers",
+        (
+            "vllm.entrypoints.generate.structured_decisions.serving"
+            ".ServingStructuredDecisions",
+            "create_decision",
+        ),
+    ),
+    Api(
+        "`vllm run-batch`",
+        None,
+        "in each line's body, as the endpoint of its `url`",
+        "`usage.kv_cache` in each line",
+    ),
+    Api(
+        "`LLM` and `AsyncLLM` in Python",
+        None,
+        "in `SamplingParams.extra_args`",
+        "`kv_transfer_params` of the output",
+    ),
+    Api(
+        "gRPC (`--grpc`)",
+        None,
+        "nowhere: its messages have no place for them. The server's default budget "
+        "holds",
+        "none",
+    ),
+)
+"""In the order of the document."""
+
+
+def declare() -> None:
+    """Adds our fields to the request models, to be read or to be refused; idempotent.
+
+    For every process, before vLLM makes its routes of the models.
+    """
+    for api in APIS:
+        if api.model is not None and api.reads in (BODY, PARAMETERS):
+            _declare(_named(api.model), read=api.reads == BODY)
+
+
+@together()
+def install() -> None:
+    """Wraps what makes or takes requests behind the routes; idempotent.
+
+    For front ends, once vLLM has made its routes.
+    """
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+
+    wrap_method(
+        AnthropicServingMessages,
+        "_build_base_request",
+        ("cls", "anthropic_request", "openai_messages"),
+        _wrap_base_request,
+    )
+    for api in APIS:
+        if api.handler is not None:
+            owner, name = api.handler
+            parameters = ("self", "request", "raw_request")
+            wrap_method(_named(owner), name, parameters, _wrap_handler)
+
+
+def table() -> str:
+    """The endpoints as a Markdown table."""
+    rows = ["| Endpoint | `kv_*` fields are read | Proof |", "|---|---|---|"]
+    for api in APIS:
+        paths = ", ".join(
+            f"`{path}`" if path.startswith("/") else path
+            for path in api.path.split(", ")
+        )
+        rows.append(f"| {paths} | {api.reads} | {api.proof} |")
+    return "\n".join(rows)
+
+
+def _named(name: str) -> Any:
+    """What vLLM has under a dotted name."""
+    try:
+        return resolve_obj_by_qualname(name)
+    except AttributeError as error:
+        raise UpstreamDriftError(f"vLLM lacks a name: {error}.") from error
+
+
+def _declare(model: type, *, read: bool) -> None:
+    fields = model.model_fields  # type: ignore[attr-defined]
+
+    def declare() -> None:
+        missing = [field for field in FIELDS if field.name not in fields]
+        for field in missing:
+            info: FieldInfo = Field(  # type: ignore[assignment]
+                default=None,
+                description=field.description if read else f"Read {PARAMETERS}.",
+                json_schema_extra=field.schema,
+            )
+            # Any, so that one validation judges values as they were sent.
+            info.annotation = Any
+            if not read:
+                info.metadata = [AfterValidator(partial(_refuse_in_body, field.name))]
+            fields[field.name] = info
+            model.__annotations__[field.name] = Any
+        if missing:
+            model.model_rebuild(force=True)  # type: ignore[attr-defined]
+
+    change(declare)
+
+
+def _refuse_in_body(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    raise ValueError(
+        f"{name} is not read in the body here; got {shown(value)}. Put it into "
+        "sampling_params.extra_args."
+    )
+
+
+def _wrap_base_request(original: Any) -> Any:
+    def _build_base_request(
+        cls: type, anthropic_request: Any, openai_messages: Any
+    ) -> Any:
+        chat = original(cls, anthropic_request, openai_messages)
+        for field in FIELDS:
+            value = getattr(anthropic_request, field.name, None)
+            if value is not None:
+                setattr(chat, field.name, value)
+        return chat
+
+    return _build_base_request
+
+
+def _wrap_handler(original: Any) -> Any:
+    async def handler(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        for field in FIELDS:
+            value = (request.model_extra or {}).get(field.name)
+            if value is not None:
+                raise refuse(
+                    f"{field.name} is not read by this endpoint. Leave it out; the "
+                    "server's default budget holds.",
+                    shown(value),
+                    field.name,
+                )
+        return await original(self, request, *args, **kwargs)
+
+    return handler

@@ -1,0 +1,181 @@
+"""Every endpoint that generates: fields are read, refused when wrong, and proved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from asl_vllm_testing.harness import TINY_MODEL
+from asl_vllm_testing.oracle.tasks import needle
+from asl_vllm_testing.server import MODEL_NAME, Server, serve
+from asl_vllm_testing.settings import SERVER_OPTIONS
+
+QUESTION = needle(7, 600)
+MESSAGE = {"role": "user", "content": f"<s> {QUESTION.text}"}
+ANSWER = QUESTION.answer_words
+PRUNED = 480
+BATCH, MESSAGES, RESPONSES = (
+    "/v1/chat/completions/batch",
+    "/v1/messages",
+    "/v1/responses",
+)
+TOKENS = "/inference/v1/generate"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    with serve(log, *SERVER_OPTIONS, "--enable-scale-out", **env) as started:
+        yield started
+
+
+def post(server: Server, path: str, **body: Any) -> httpx.Response:
+    return server.post(path, **{"temperature": 0, "max_tokens": 4, **body})
+
+
+def batch(server: Server, **fields: Any) -> httpx.Response:
+    short = [{"role": "user", "content": "the sky is"}]
+    return post(server, BATCH, messages=[[MESSAGE], short], **fields)
+
+
+def message(server: Server, **fields: Any) -> httpx.Response:
+    return post(server, MESSAGES, messages=[MESSAGE], **fields)
+
+
+def tokens(server: Server, extra: dict[str, Any], **fields: Any) -> httpx.Response:
+    parameters = {"temperature": 0, "max_tokens": 4, "extra_args": extra}
+    body = {"token_ids": QUESTION.token_ids, "sampling_params": parameters, **fields}
+    return server.http.post(TOKENS, json=body)
+
+
+def test_a_batch_of_conversations(server: Server) -> None:
+    reply = batch(server, kv_budget=128)
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]["kv_cache"]
+    assert [part["pruned_tokens"] for part in usage["sequences"]] == [PRUNED, 0]
+    assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
+    assert reply.json()["choices"][0]["message"]["content"].split() == ANSWER
+
+
+@pytest.mark.parametrize("place", ["body", "vllm_xargs"])
+def test_a_message(server: Server, place: str) -> None:
+    fields: dict[str, Any] = {"kv_budget": 128}
+    reply = message(server, **fields if place == "body" else {place: fields})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["content"][0]["text"].split() == ANSWER
+    assert reply.json()["usage"]["kv_cache"]["pruned_tokens"] == PRUNED
+    assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
+
+
+def test_a_streamed_message(server: Server) -> None:
+    reply = message(server, kv_budget=128, stream=True)
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in reply.text.splitlines()
+        if line.startswith("data: {")
+    ]
+    begin = next(event for event in events if event["type"] == "message_start")
+    assert "kv_cache" not in begin["message"]["usage"]
+    end = next(event for event in events if event["type"] == "message_delta")
+    assert end["usage"]["kv_cache"]["pruned_tokens"] == PRUNED
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_message_is_refused_in_its_own_form(server: Server, stream: bool) -> None:
+    for fields in ({"kv_budget": 3}, {"vllm_xargs": {"kv_budget": 3}}):
+        reply = message(server, stream=stream, **fields)
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["type"] == "error"
+        assert "kv_budget" in reply.json()["error"]["message"]
+
+
+def test_a_background_response_is_stored_with_its_proof(server: Server) -> None:
+    asked = {"model": MODEL_NAME, "input": MESSAGE["content"], "temperature": 0}
+    reply = server.http.post(
+        RESPONSES, json={**asked, "kv_budget": 128, "background": True, "store": True}
+    )
+    assert reply.status_code == 200, reply.text
+    deadline = time.monotonic() + 60
+    while (stored := reply.json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        reply = server.http.get(f"{RESPONSES}/{stored['id']}")
+    assert stored["usage"]["kv_cache"]["pruned_tokens"] == PRUNED
+    reply = server.http.post(
+        RESPONSES, json={**asked, "kv_budget": 3, "background": True, "store": True}
+    )
+    assert reply.status_code == 400, reply.text
+
+
+def test_token_ids(server: Server) -> None:
+    reply = tokens(server, {"kv_budget": 128})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["token_ids"] == QUESTION.answer_ids
+    assert reply.json()["kv_transfer_params"]["pruned_tokens"] == PRUNED
+    assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
+    for extra, fields in (({"kv_budget": 3}, {}), ({}, {"kv_budget": 128})):
+        reply = tokens(server, extra, **fields)
+        assert reply.status_code == 400, reply.text
+        assert "kv_budget" in reply.text
+
+
+def test_a_rendered_request_hands_its_fields_on(server: Server) -> None:
+    reply = post(server, "/v1/completions/render", prompt=QUESTION.text, kv_budget=128)
+    assert reply.status_code == 200, reply.text
+    (rendered,) = reply.json()
+    assert rendered["sampling_params"]["extra_args"]["kv_budget"] == 128
+    answer = server.http.post(TOKENS, json=rendered)
+    assert answer.json()["kv_transfer_params"]["pruned_tokens"] == PRUNED
+    reply = post(server, "/v1/chat/completions/render", messages=[MESSAGE], kv_budget=3)
+    assert reply.status_code == 400, reply.text
+
+
+def test_endpoints_that_read_no_field_refuse_them(server: Server) -> None:
+    scoring = {"query": "the sky", "items": ["is"], "label_token_ids": [5, 6]}
+    for path, body in (
+        ("/generative_scoring", scoring),
+        ("/v1/systemone", {"state": "x", "questions": {"q": {"type": "yes_no"}}}),
+        (BATCH, {"messages": [[MESSAGE]], "kv_budget": 3}),
+    ):
+        reply = server.post(path, **{"kv_budget": 128, **body})
+        assert reply.status_code == 400, reply.text
+        assert "kv_budget" in reply.text or path == "/v1/systemone"
+    assert server.post("/generative_scoring", **scoring).status_code == 200
+
+
+def test_the_batch_runner(tmp_path: Path) -> None:
+    """One bad line is that line's error; the others are answered, with their proof."""
+    lines = []
+    for number, budget in enumerate((128, None, 3, 0.25)):
+        body = {"model": MODEL_NAME, "messages": [MESSAGE], "kv_budget": budget}
+        body |= {"max_tokens": 4, "temperature": 0}
+        line = {"custom_id": str(number), "method": "POST", "body": body}
+        lines.append(json.dumps({**line, "url": "/v1/chat/completions"}))
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text("\n".join(lines))
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch"),
+        *("-i", str(asked), "-o", str(answered), "--model", str(TINY_MODEL)),
+        *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "8"),
+        *("--kv-cache-memory-bytes", str(1 << 27), *SERVER_OPTIONS),
+    ]
+    subprocess.run(command, check=True, env=dict(os.environ), timeout=300)
+    found = [json.loads(line) for line in answered.read_text().splitlines()]
+    replies = {line["custom_id"]: line for line in found}
+    assert "kv_budget" in json.dumps(replies["2"]["error"])
+    for number, pruned in (("0", PRUNED), ("1", 0), ("3", 448)):
+        body = replies[number]["response"]["body"]
+        assert body["choices"][0]["message"]["content"].split() == ANSWER
+        kept = body["usage"].get("kv_cache", {"pruned_tokens": 0})
+        assert kept["pruned_tokens"] == pruned
