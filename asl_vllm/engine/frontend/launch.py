@@ -14,7 +14,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from asl_vllm.config import AslConfig
-from asl_vllm.engine.frontend import request, standby, usage
+from asl_vllm.engine.frontend import request, standby, streams, usage
 from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
 from asl_vllm.engine.settings import config_of_additional
 from asl_vllm.selection.policies import installed_policies
@@ -105,6 +105,7 @@ def _check_replies(config: AslConfig) -> None:
     """
     try:
         check(usage.install)
+        check(streams.install)
     except UpstreamDriftError as drift:
         raise standby.refusal(config, str(drift)) from drift
 
