@@ -95,7 +95,7 @@ class Row:
     text: str
     prompt_tokens: int
     report: Mapping[str, Any] | None
-    """The reply's ``kv_transfer_params``; None if nothing was pruned."""
+    """The reply's ``usage.kv_cache``; None if nothing was pruned."""
     milliseconds: float
 
     @property
@@ -354,11 +354,12 @@ def ask(client: Any, prompt: str, budget: int | None) -> Row:
         extra_body={"kv_budget": budget},
     )
     elapsed = time.perf_counter() - started
+    report = (reply.usage.model_extra or {}).get("kv_cache")
     return Row(
         budget=budget,
         text=reply.choices[0].text,
         prompt_tokens=reply.usage.prompt_tokens,
-        report=(reply.model_extra or {}).get("kv_transfer_params"),
+        report=report if report and report["pruned_tokens"] else None,
         milliseconds=elapsed * 1000,
     )
 

@@ -11,12 +11,7 @@ import vllm.envs as envs
 from vllm.config import VllmConfig
 
 from asl_vllm.config import AslConfig, ConfigError
-from asl_vllm.engine.settings import (
-    bands_of,
-    check_budget,
-    config_of,
-    pass_token_layers,
-)
+from asl_vllm.engine.settings import Settings, settings_of
 
 SUPPORTED_ARCHITECTURES: frozenset[str] = frozenset(
     {
@@ -48,7 +43,7 @@ def check(vllm_config: VllmConfig, config: AslConfig) -> None:
     """
     for needed, got, remedy in _obstacles(vllm_config):
         raise UnsupportedError(needed, got, remedy)
-    _check_options(vllm_config, config)
+    _check_options(Settings(config, vllm_config))
 
 
 def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
@@ -88,7 +83,7 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             'use {"method": "ngram"} or drop --speculative-config',
         )
     disabled = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-    if disabled and config_of(vllm_config).bands > 1:
+    if disabled and settings_of(vllm_config).config.bands > 1:
         yield (
             "a block table for each of the bands",
             "--kv-bands with --disable-hybrid-kv-cache-manager",
@@ -154,16 +149,16 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    config.check_depth(num_layers)
+def _check_options(settings: Settings) -> None:
+    config = settings.config
+    config.check_depth(settings.num_layers)
     try:
-        bands_of(vllm_config)
+        _ = settings.bands
     except ValueError as error:
         raise ConfigError(f"--kv-bands: {error}") from None
-    step = vllm_config.scheduler_config.max_num_batched_tokens
+    step = settings.step_tokens
     # vLLM reserves memory for the activations of a step's tokens.
-    most = min(pass_token_layers(vllm_config), step)
+    most = min(settings.pass_token_layers, step)
     if config.chunk_tokens is not None and config.chunk_tokens > most:
         raise ConfigError(
             f"chunk_tokens: got {config.chunk_tokens}; allowed: up to {most}, the "
@@ -171,4 +166,4 @@ def _check_options(vllm_config: VllmConfig, config: AslConfig) -> None:
             f"pass_share={config.pass_share} leaves of a step; raise these, or leave "
             "chunk_tokens out."
         )
-    check_budget(vllm_config)
+    settings.check_budget()

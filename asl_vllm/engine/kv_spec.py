@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_spec_registry import (
 )
 
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
-from asl_vllm.engine.settings import config_of
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import Bands
 from asl_vllm.selection.budget import minimum_budget
 
@@ -63,7 +63,8 @@ class PrunedAttentionSpec(FullAttentionSpec):
         # Until the pool is sized this only decides whether vLLM starts. A prompt of
         # max_model_len fits once pruned; one that is not is refused by itself
         # (engine/frontend/admission.py).
-        smallest = minimum_budget(config_of(vllm_config).window, self.block_size)
+        window = settings_of(vllm_config).config.window
+        smallest = minimum_budget(window, self.block_size)
         blocks = cdiv(smallest, self.block_size) + 1
         return min(stock, blocks * self.page_size_bytes)
 

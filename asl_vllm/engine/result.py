@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.prefill import PrefillReport
 
 
-def sequence_usage(
-    policy: str,
-    budget: int | float | None,
-    num_prompt_tokens: int,
-    report: PrefillReport | None = None,
-    freed_blocks: int = 0,
-) -> dict[str, Any]:
-    """What one sequence says; without a ``report`` its prompt was not pruned."""
-    pruned_tokens = report.pruned_tokens if report else 0
+def untouched_usage(num_prompt_tokens: int) -> dict[str, Any]:
+    """What a sequence without a budget says."""
     return {
-        "policy": policy,
-        "budget": budget,
+        "policy": "none",
+        "budget": None,
+        "selection_layer": None,
+        "kept_tokens": num_prompt_tokens,
+        "pruned_tokens": 0,
+        "freed_blocks": 0,
+        "skipped_token_layers": 0,
+    }
+
+
+def sequence_usage(plan: PrunePlan, report: PrefillReport | None) -> dict[str, Any]:
+    """What one sequence says; without a ``report`` its prompt was not pruned."""
+    pruned_bands = report.pruned_bands if report else 0
+    held = plan.in_force(pruned_bands)
+    return {
+        "policy": plan.policy,
+        "budget": plan.budget,
         "selection_layer": report.selection_layer if report else None,
-        "kept_tokens": num_prompt_tokens - pruned_tokens,
-        "pruned_tokens": pruned_tokens,
-        "freed_blocks": freed_blocks,
+        "kept_tokens": held.kept_tokens,
+        "pruned_tokens": held.pruned_tokens,
+        "freed_blocks": plan.freed_blocks(pruned_bands),
         "skipped_token_layers": report.skipped_token_layers if report else 0,
     }

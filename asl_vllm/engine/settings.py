@@ -1,10 +1,12 @@
-"""Reading asl_vllm's configuration out of vLLM's."""
+"""What asl_vllm takes of vLLM's configuration, each number from one source."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
 
 from asl_vllm.config import CONFIG_KEY, AslConfig, ConfigError
 from asl_vllm.prefill import Bands
@@ -23,69 +25,122 @@ def config_of_additional(additional_config: Any) -> AslConfig:
     return options if isinstance(options, AslConfig) else AslConfig.from_dict(options)
 
 
-def config_of(vllm_config: VllmConfig) -> AslConfig:
-    """The `AslConfig` that travels with a `VllmConfig`."""
-    return config_of_additional(vllm_config.additional_config)
+@dataclass(frozen=True)
+class Settings:
+    """The options, parsed once, and the sizes that follow from them and the engine.
+
+    Sizes are read when asked for: vLLM settles block size, model length and pool while
+    the engine starts, and tells its front ends later.
+    """
+
+    config: AslConfig
+    vllm_config: VllmConfig = field(repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        vllm_config = self.vllm_config
+        return int(vllm_config.model_config.get_num_layers(vllm_config.parallel_config))
+
+    @property
+    def bands(self) -> Bands:
+        """The bands of the model's layers.
+
+        Raises:
+            ValueError: its layers cannot be split into so many.
+        """
+        return Bands(self.num_layers, self.config.bands)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a KV block."""
+        return int(self.vllm_config.cache_config.block_size)
+
+    @property
+    def minimum_budget(self) -> int:
+        """Smallest budget in tokens."""
+        return minimum_budget(self.config.window, self.block_size)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return int(self.vllm_config.model_config.max_model_len)
+
+    @property
+    def prefill_capacity(self) -> int:
+        """Tokens of the longest prompt that can be pruned."""
+        asked = self.config.max_prefill_tokens
+        return self.max_model_len if asked is None else min(asked, self.max_model_len)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that an engine step may schedule."""
+        return int(self.vllm_config.scheduler_config.max_num_batched_tokens)
+
+    @property
+    def pass_token_layers(self) -> int:
+        """Token-layers that passes may take of one engine step, at least 1."""
+        step = self.step_tokens * self.num_layers
+        return max(1, int(self.config.pass_share * step))
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of one prefill pass; depends on the options only, never on load.
+
+        By default a pass that runs alone in a step stays within ``pass_share``.
+        """
+        return self.config.chunk_tokens or min(self.step_tokens, self.pass_token_layers)
+
+    def usable_blocks(self, pool_blocks: int) -> int:
+        """Blocks a band that requests can hold of one engine's pool of so many blocks.
+
+        All bands take theirs from the pool, and a request needs as many in each unless
+        bands of it are pruned. Block 0 is the null block, and tokens that speculation
+        drafts need room beyond the request's own.
+        """
+        usable = (pool_blocks - 1) // self.config.bands
+        if self.vllm_config.speculative_config is not None:
+            # Those of every step in flight: nobody knows yet how many are right.
+            steps = self.vllm_config.max_concurrent_batches
+            drafted = steps * (1 + self.vllm_config.num_speculative_tokens)
+            usable -= cdiv(drafted, self.block_size)
+        return max(usable, 0)
+
+    def check_budget(self) -> None:
+        """Refuses a default budget below the smallest for the block size in force.
+
+        Asked when the arguments are read, and again when a model is loaded: then vLLM
+        settles the block size, unless ``--block-size`` says it.
+
+        Raises:
+            ConfigError: it is too small.
+        """
+        try:
+            validate_budget(self.config.budget, minimum=self.minimum_budget)
+        except BudgetError as error:
+            raise ConfigError(f"--kv-budget: {error}") from None
+
+    def resolved_options(self) -> dict[str, Any]:
+        """Every option of `AslConfig`, with the values that stand in for None."""
+        return {
+            **self.config.to_dict(),
+            **self.config.resolved_rule(self.num_layers),
+            "max_prefill_tokens": self.prefill_capacity,
+            "chunk_tokens": self.chunk_tokens,
+        }
 
 
-def bands_of(vllm_config: VllmConfig) -> Bands:
-    """The bands of the model's layers.
+_latest: Settings | None = None
+
+
+def settings_of(vllm_config: VllmConfig) -> Settings:
+    """The settings of an engine; parsed once in each process, which has one engine.
 
     Raises:
-        ValueError: its layers cannot be split into so many.
+        ConfigError: the options are wrong.
     """
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return Bands(num_layers, config_of(vllm_config).bands)
-
-
-def prefill_capacity(vllm_config: VllmConfig) -> int:
-    """Tokens of the longest prompt that can be pruned."""
-    limit: int = vllm_config.model_config.max_model_len
-    asked = config_of(vllm_config).max_prefill_tokens
-    return limit if asked is None else min(asked, limit)
-
-
-def resolved_options(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Every option of `AslConfig`, with the values that stand in for None."""
-    config = config_of(vllm_config)
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return {
-        **config.to_dict(),
-        **config.resolved_rule(num_layers),
-        "max_prefill_tokens": prefill_capacity(vllm_config),
-        "chunk_tokens": chunk_tokens(vllm_config),
-    }
-
-
-def pass_token_layers(vllm_config: VllmConfig) -> int:
-    """Token-layers that passes may take of one engine step, at least 1."""
-    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    step = vllm_config.scheduler_config.max_num_batched_tokens * num_layers
-    return max(1, int(config_of(vllm_config).pass_share * step))
-
-
-def chunk_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens of one prefill pass; depends on the options only, never on load.
-
-    By default a pass that runs alone in a step stays within ``pass_share``.
-    """
-    asked = config_of(vllm_config).chunk_tokens
-    step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-    return asked or min(step_tokens, pass_token_layers(vllm_config))
-
-
-def check_budget(vllm_config: VllmConfig) -> None:
-    """Refuses a default budget below the smallest for the block size in force.
-
-    Asked when the arguments are read, and again when a model is loaded: then vLLM
-    settles the block size, unless ``--block-size`` says it.
-
-    Raises:
-        ConfigError: it is too small.
-    """
-    config = config_of(vllm_config)
-    minimum = minimum_budget(config.window, vllm_config.cache_config.block_size)
-    try:
-        validate_budget(config.budget, minimum=minimum)
-    except BudgetError as error:
-        raise ConfigError(f"--kv-budget: {error}") from None
+    global _latest
+    if _latest is None or _latest.vllm_config is not vllm_config:
+        config = config_of_additional(vllm_config.additional_config)
+        _latest = Settings(config, vllm_config)
+    return _latest

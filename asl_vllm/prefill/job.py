@@ -5,39 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 
-@dataclass(frozen=True)
-class PrefillJob:
-    """One prompt to prefill into given slots. Plain data: it crosses processes.
+from asl_vllm.selection.budget import PrunedPrompt
 
-    ``pruned_tokens`` leading logical positions hold nothing, so the kept tokens of
-    a layer occupy the logical positions ``[pruned_tokens, num_prompt_tokens)``.
-    ``slots`` are the slot ids of all of these but the last: the last prompt token
-    is computed by the engine's own step, which samples from it. With ``bands`` above
-    1 they are those of the first band, then of the second, and so on.
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillJob(PrunedPrompt):
+    """One prompt to prefill into given blocks. Plain data: it crosses processes.
+
+    The leading ``pruned_blocks`` of the prompt's logical blocks hold nothing: the kept
+    tokens of a layer occupy the logical positions ``[pruned_tokens, N)``.
+    ``block_ids`` are the blocks of all the others, in order; of all blocks with
+    ``keep_shallow``. A row for each band of layers.
 
     ``keep_shallow``: the layers of the selection layer's band and of all bands before
-    it keep every token, and only deeper ones the kept tokens. The slots are then of
-    all logical positions but the last.
+    it keep every token, and only deeper ones the kept tokens.
     """
 
     request_id: str
     policy: str
     prompt_token_ids: Sequence[int]
-    pruned_tokens: int
-    slots: Sequence[int]
-    bands: int = 1
+    """An ``array`` where it is to be sent: it costs a hundredth of a list."""
+    pruned_blocks: int
+    block_size: int
+    block_ids: Sequence[Sequence[int]]
     keep_shallow: bool = False
 
     @property
-    def num_prompt_tokens(self) -> int:
+    def num_prompt_tokens(self) -> int:  # type: ignore[override]
         """N."""
         return len(self.prompt_token_ids)
 
     @property
-    def kept_tokens(self) -> int:
-        """k, the observation window and the last prompt token included."""
-        return self.num_prompt_tokens - self.pruned_tokens
+    def bands(self) -> int:
+        """Bands of layers, each with blocks of its own."""
+        return len(self.block_ids)
+
+    def slots(self) -> torch.Tensor:
+        """Slot ids int64 [bands, n], on the CPU: of positions with a block, less one.
+
+        The last prompt token is computed by the engine's own step, which samples from
+        it.
+        """
+        first = 0 if self.keep_shallow else self.pruned_tokens
+        ids = torch.tensor([list(row) for row in self.block_ids], dtype=torch.int64)
+        within = torch.arange(self.block_size)
+        slots = ids[:, :, None] * self.block_size + within
+        return slots.flatten(1)[:, : self.num_prompt_tokens - 1 - first]
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,10 @@ class PrefillReport:
     went through all layers. A token-layer is one token through one decoder layer;
     ``skipped`` counts those that an unpruned prefill would have computed in addition,
     0 where a policy that restarts computed more. ``pruned_bands`` are the deepest
-    bands, those whose layers lack the pruned tokens.
+    bands, those whose layers lack the pruned blocks; 0: none does.
     """
 
     selection_layer: int | None
-    kept_tokens: int
-    pruned_tokens: int
     computed_token_layers: int
     skipped_token_layers: int
     seconds: float

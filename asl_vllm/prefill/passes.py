@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from asl_kernels.gather_kept import gather_kept
@@ -26,12 +26,11 @@ from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 _ALL = LayerDecision(Keep.ALL)
 
 
-def _on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 numbers on the device. Does not wait for it."""
-    pin = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pin).to(
-        device, non_blocking=True
-    )
+def _on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device. Does not wait for it."""
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
 
 
 class Prefill:
@@ -74,9 +73,11 @@ class Prefill:
         self.computed_token_layers = 0
         self._started = time.perf_counter()
         device = model.shape.device
-        self._token_ids = _on_device(job.prompt_token_ids, device)
+        # By way of numpy, which reads an array's memory instead of its numbers.
+        token_ids = np.asarray(job.prompt_token_ids, dtype=np.int64)
+        self._token_ids = _on_device(torch.from_numpy(token_ids), device)
         self._positions = torch.arange(job.num_prompt_tokens, device=device)
-        self._slots = _on_device(job.slots, device).view(job.bands, -1)
+        self._slots = _on_device(job.slots(), device)
 
     @property
     def done(self) -> bool:
@@ -115,13 +116,9 @@ class Prefill:
 
     def report(self) -> PrefillReport:
         """The outcome, once `done`."""
-        job = self.job
-        full = job.num_prompt_tokens * self._model.shape.num_layers
-        pruned_tokens = job.pruned_tokens if self._pruned_bands else 0
+        full = self.job.num_prompt_tokens * self._model.shape.num_layers
         return PrefillReport(
             selection_layer=self._selection_layer,
-            kept_tokens=job.num_prompt_tokens - pruned_tokens,
-            pruned_tokens=pruned_tokens,
             computed_token_layers=self.computed_token_layers,
             skipped_token_layers=max(0, full - self.computed_token_layers),
             seconds=time.perf_counter() - self._started,

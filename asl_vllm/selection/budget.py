@@ -52,36 +52,74 @@ def validate_budget(value: object, *, minimum: int) -> int | float | None:
     raise _error(value, minimum, "send a JSON number or null")
 
 
-def resolve_kept(
+class PrunedPrompt:
+    """The arithmetic of a prompt whose leading blocks are pruned; kept in one place.
+
+    Whoever inherits it has ``num_prompt_tokens``, ``pruned_blocks`` and
+    ``block_size``; all else follows from these.
+    """
+
+    num_prompt_tokens: int
+    """N."""
+    pruned_blocks: int
+    """Blocks that a layer does without; 0 = stock vLLM."""
+    block_size: int
+    """Tokens of a block."""
+
+    @property
+    def pruned_tokens(self) -> int:
+        """Tokens a layer drops."""
+        return self.pruned_blocks * self.block_size
+
+    @property
+    def kept_tokens(self) -> int:
+        """k, the observation window and the last prompt token included."""
+        return self.num_prompt_tokens - self.pruned_tokens
+
+
+def resolve_blocks(
     budget: int | float | None, *, num_prompt_tokens: int, block_size: int, window: int
 ) -> int:
-    """Tokens k that each layer keeps of a prompt of N, the window included.
+    """Blocks of a prompt of N tokens that each layer prunes.
 
-    N when nothing is to be pruned; otherwise the largest k <= budget for which N - k
-    is whole blocks, so that the freed blocks are whole. A pruned k is above
-    ``window``. A share is of N, rounded down, and at least the minimum budget.
+    0 when nothing is to be pruned; otherwise the fewest that leave at most ``budget``
+    tokens. What is left is above ``window``. A share is of N, rounded down, and at
+    least the minimum budget.
 
     Args:
-        budget: As `validate_budget` accepts it.
+        budget: What `validate_budget` accepts.
         num_prompt_tokens: N.
         block_size: Tokens a KV block.
         window: W, tokens that are always kept.
+    """
+    if budget is None:
+        return 0
+    if isinstance(budget, float):
+        minimum = minimum_budget(window, block_size)
+        budget = max(minimum, math.floor(budget * num_prompt_tokens))
+    if budget >= num_prompt_tokens:
+        return 0
+    blocks = -(-(num_prompt_tokens - budget) // block_size)
+    assert window < num_prompt_tokens - blocks * block_size <= budget
+    return blocks
+
+
+def resolve_kept(
+    budget: int | float | None, *, num_prompt_tokens: int, block_size: int, window: int
+) -> int:
+    """Tokens k that each layer keeps of a prompt: N less what `resolve_blocks` prunes.
 
     Raises:
         BudgetError: A budget that `validate_budget` refuses.
     """
-    minimum = minimum_budget(window, block_size)
-    validate_budget(budget, minimum=minimum)
-    if budget is None:
-        return num_prompt_tokens
-    if isinstance(budget, float):
-        budget = max(minimum, math.floor(budget * num_prompt_tokens))
-    if budget >= num_prompt_tokens:
-        return num_prompt_tokens
-    pruned_blocks = -(-(num_prompt_tokens - budget) // block_size)
-    kept = num_prompt_tokens - pruned_blocks * block_size
-    assert window < kept <= budget
-    return kept
+    validate_budget(budget, minimum=minimum_budget(window, block_size))
+    blocks = resolve_blocks(
+        budget,
+        num_prompt_tokens=num_prompt_tokens,
+        block_size=block_size,
+        window=window,
+    )
+    return num_prompt_tokens - blocks * block_size
 
 
 def _error(value: object, minimum: int, hint: str) -> BudgetError:

@@ -149,7 +149,12 @@ class DirectModel:
         assert cell.budget is not None
         kept = variant.served.kept(cell.budget, len(ids))
         job = PrefillJob(
-            "direct", cell.policy, ids, len(ids) - kept, slots=range(kept - 1)
+            request_id="direct",
+            policy=cell.policy,
+            prompt_token_ids=ids,
+            pruned_blocks=len(ids) - kept,
+            block_size=1,
+            block_ids=[range(kept - 1)],
         )
         factory = PrefillFactory(self.layers, self._buffers, variant.config, len(ids))
         self.layers.begin_prefill()
@@ -158,7 +163,7 @@ class DirectModel:
             prefill.advance(len(ids))
         report = prefill.report()
         return self.layers.cache, {
-            "kept_tokens": report.kept_tokens,
+            "kept_tokens": job.kept_tokens,
             "selection_layer": report.selection_layer,
             "skipped_token_layers": report.skipped_token_layers,
         }

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from asl_server import page, routes
 from asl_server.middleware import KVUsageMiddleware
-from asl_vllm.engine.frontend import repeated_ids, usage
+from asl_vllm.engine.frontend import repeated_ids, streams, usage
 
 ROUTERS = (routes.router, page.router)
 """Routers that are added to vLLM's own."""
@@ -25,6 +25,7 @@ class KVEndpoints:
         """Adds the routes and the middleware to an application under construction."""
         usage.install()
         repeated_ids.install()
+        streams.install()
         # vLLM adds its own after this, so API keys are checked further out.
         app.add_middleware(KVUsageMiddleware)
         for router in ROUTERS:

@@ -9,9 +9,8 @@ from fastapi import APIRouter, Request
 from asl_server.schema import EngineState, Error, Policies, Stats, Totals
 from asl_vllm._version import __version__
 from asl_vllm.config import POLICY_NAMES
-from asl_vllm.engine import settings
 from asl_vllm.engine.frontend.engines import engine_states
-from asl_vllm.selection.budget import minimum_budget
+from asl_vllm.engine.settings import settings_of
 
 PATIENCE = 10.0
 """Seconds that a route waits for an engine, which answers between two steps."""
@@ -27,21 +26,20 @@ async def policies(request: Request) -> Policies:
     """What pruning this server offers: policies, defaults, limits, costs."""
     state = request.app.state
     engine = (await engine_states(state.engine_client, PATIENCE))[0]
-    vllm_config = state.vllm_config
-    config = settings.config_of(vllm_config)
-    block_size = engine["pool"]["block_size"]
+    settings = settings_of(state.vllm_config)
+    config = settings.config
     return Policies(
         policy=config.policy,
         policies=list(POLICY_NAMES),
         default_budget=config.budget,
-        minimum_budget=minimum_budget(config.window, block_size),
-        block_size=block_size,
+        minimum_budget=settings.minimum_budget,
+        block_size=settings.block_size,
         window=config.window,
-        max_prompt_tokens=settings.prefill_capacity(vllm_config),
-        num_layers=engine["num_layers"],
+        max_prompt_tokens=settings.prefill_capacity,
+        num_layers=settings.num_layers,
         kv_bytes_per_token=engine["kv_bytes_per_token"],
         pool_tokens=engine["pool_tokens"],
-        config=settings.resolved_options(vllm_config),
+        config=settings.resolved_options(),
         model=state.openai_serving_models.model_name(),
         version=__version__,
     )

@@ -71,7 +71,7 @@ class PretendPrefill:
         self.computed_token_layers = 0
         self._script = script
         self._slots = slots
-        self._target = np.array(job.slots)
+        self._target = job.slots()[0].numpy()
         self._whole = LAYERS * job.num_prompt_tokens
 
     @property
@@ -99,10 +99,7 @@ class PretendPrefill:
         return spent
 
     def report(self) -> PrefillReport:
-        job = self.job
-        return PrefillReport(
-            1, job.kept_tokens, job.pruned_tokens, self._whole, self._whole, 0.0
-        )
+        return PrefillReport(1, self._whole, self._whole, 0.0)
 
 
 class PretendWorker:

@@ -21,11 +21,12 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
 
-from asl_vllm.engine import settings
 from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.kv_spec import in_bands, prunable
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.engine.scheduler.state import engine_state
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import Bands, PrefillReport
 from asl_vllm_testing.moved import get_kv_cache_groups
 from asl_vllm_testing.vllm_configs import engine_config
@@ -37,7 +38,7 @@ PROMPT = 10 * BLOCK + 5
 BUDGET = 100
 KEPT = 69
 """The largest k of at most 100 for which N - k is whole blocks."""
-REPORT = PrefillReport(3, KEPT, PROMPT - KEPT, 1000, 2000, 0.1)
+REPORT = PrefillReport(3, 1000, 2000, 0.1)
 
 
 @dataclass
@@ -66,12 +67,14 @@ class Host:
         shallow: str | None = None,
         **sampling: Any,
     ) -> Request:
-        extra = {"kv_budget": budget} if budget else None
-        if extra and shallow:
-            extra["kv_shallow"] = shallow
         sampling = {"max_tokens": 4, **sampling}
-        params = SamplingParams(extra_args=extra, **sampling)
+        params = SamplingParams(**sampling)
         params.update_from_generation_config({}, None)
+        asked = {"kv_budget": budget, "kv_shallow": shallow}
+        given = {name: value for name, value in asked.items() if value is not None}
+        plan = plan_request(settings_of(self.scheduler.vllm_config), given, tokens)
+        if plan:
+            plan.send_with(params)
         request = Request(
             request_id=name,
             prompt_token_ids=[7] * tokens,
@@ -144,11 +147,13 @@ def make_host(
     scheduler_class: type[Scheduler] = Scheduler,
     step_tokens: int = 256,
     drafts: int = 0,
+    engine: dict[str, Any] | None = None,
     **policy: Any,
 ) -> Host:
     """A scheduler without an engine, its pool of ``pool_blocks`` blocks.
 
     With ``drafts`` it schedules so many drafted tokens for each request in a step.
+    ``engine`` are more engine arguments, ``policy`` options of asl_vllm.
     """
     config = engine_config(
         {"policy": "asl", "window": 8, **policy},
@@ -157,6 +162,7 @@ def make_host(
         max_num_batched_tokens=step_tokens,
         max_num_seqs=8,
         speculative_config=_ngram(drafts) if drafts else None,
+        **(engine or {}),
     )
     # As vLLM has it where it chooses such a scheduler itself.
     config.scheduler_config.async_scheduling = issubclass(
@@ -171,7 +177,7 @@ def make_host(
         )
     )
     names = [f"layers.{layer}" for layer in range(LAYERS)]
-    bands = settings.bands_of(config)
+    bands = settings_of(config).bands
     specs = in_bands(dict.fromkeys(names, spec), bands, names)
     pool = KVCacheConfig(
         num_blocks=pool_blocks,
@@ -189,10 +195,7 @@ def report_of(selection_layer: int | None, bands: int) -> PrefillReport:
     deep = 0
     if selection_layer is not None:
         deep = Bands(LAYERS, bands).below(selection_layer)
-    pruned = PROMPT - KEPT if deep else 0
-    return PrefillReport(
-        selection_layer, PROMPT - pruned, pruned, 1, 2, 0.1, pruned_bands=deep
-    )
+    return PrefillReport(selection_layer, 1, 2, 0.1, pruned_bands=deep)
 
 
 FULL = -(-PROMPT // BLOCK)

@@ -220,11 +220,18 @@ def config(**options: object) -> AslConfig:
 def job(
     name: str = "request", n: int = 44, pruned: int = 24, policy: str = "asl"
 ) -> PrefillJob:
-    """A random prompt of n tokens; its slots are neither in order nor adjacent."""
+    """A random prompt of n tokens; its slots, blocks of one token, are in no order."""
     random = torch.Generator().manual_seed(n)
     tokens = torch.randint(VOCABULARY, (n,), generator=random).tolist()
     slots = (torch.randperm(n - pruned - 1, generator=random) * 3 + 1000).tolist()
-    return PrefillJob(name, policy, tokens, pruned, slots)
+    return PrefillJob(
+        request_id=name,
+        policy=policy,
+        prompt_token_ids=tokens,
+        pruned_blocks=pruned,
+        block_size=1,
+        block_ids=[slots],
+    )
 
 
 def buffers(capacity: int = CAPACITY, window: int = WINDOW) -> PrefillBuffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,14 @@ from asl_vllm.prefill import PrefillJob, PrefillOutcome, PrefillProgress
 from asl_vllm_testing.scheduler_host import REPORT
 from asl_vllm_testing.vllm_configs import engine_config
 
-JOB = PrefillJob("a", "asl", [1, 2, 3], 0, [5, 6])
+JOB = PrefillJob(
+    request_id="a",
+    policy="asl",
+    prompt_token_ids=array("i", [1, 2, 3]),
+    pruned_blocks=0,
+    block_size=1,
+    block_ids=[[5, 6]],
+)
 
 
 class Queue:

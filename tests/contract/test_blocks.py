@@ -123,13 +123,13 @@ def test_blocks_are_freed_when_pruned_after_they_were_taken() -> None:
     host = manager()
     work = request("a", 10 * BLOCK + 3, hashed=False)
     blocks = pruned_blocks(host)
-    blocks.set_pruned_tokens("a", 0)
+    blocks.set_pruned_blocks("a", 0)
     assert host.allocate_slots(
         work, 0, num_external_computed_tokens=work.num_tokens - 1
     )
     (ids,) = host.get_blocks("a").get_block_ids()
     assert 0 not in ids
-    blocks.set_pruned_tokens("a", 8 * BLOCK)
+    blocks.set_pruned_blocks("a", 8)
     work.num_computed_tokens = work.num_tokens - 1
     assert host.allocate_slots(work, 1) is not None
     (left,) = host.get_blocks("a").get_block_ids()
@@ -217,7 +217,7 @@ def test_pruned_tokens_occupy_null_blocks(enable_caching: bool) -> None:
     """From admission to release, as the scheduler does it."""
     host = manager(enable_caching)
     work = request("a", 10 * BLOCK + 3, hashed=False)
-    pruned_blocks(host).set_pruned_tokens("a", 8 * BLOCK)
+    pruned_blocks(host).set_pruned_blocks("a", 8)
     held = host.allocate_slots(
         work,
         0,
@@ -247,7 +247,7 @@ def test_pruned_tokens_occupy_null_blocks(enable_caching: bool) -> None:
 def test_a_prompt_larger_than_the_pool_is_admitted_when_pruned() -> None:
     host = manager(blocks=6)
     work = request("a", 40 * BLOCK, hashed=False)
-    pruned_blocks(host).set_pruned_tokens("a", 37 * BLOCK)
+    pruned_blocks(host).set_pruned_blocks("a", 37)
     assert host.allocate_slots(
         work,
         0,
@@ -272,7 +272,7 @@ def test_without_hashes_a_request_stays_out_of_the_prefix_cache() -> None:
 def test_a_pruned_request_fills_no_prefix_cache() -> None:
     host = manager()
     work = request("a", 5 * BLOCK)
-    pruned_blocks(host).set_pruned_tokens("a", 2 * BLOCK)
+    pruned_blocks(host).set_pruned_blocks("a", 2)
     assert host.allocate_slots(
         work, 0, num_external_computed_tokens=work.num_tokens - 1
     )

@@ -27,7 +27,7 @@ from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunne
 
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
+from asl_vllm.prefill import PrefillProgress, PrefillReport
 from asl_vllm_testing.scheduler_host import REPORT
 from asl_vllm_testing.vllm_configs import engine_config
 from asl_vllm_testing.worker_connector import JOB, Queue, scheduled, worker_connector
@@ -98,7 +98,7 @@ def test_transfer_results_and_connector_output_fields() -> None:
 def test_messages_are_vllms_and_can_be_sent() -> None:
     assert issubclass(StepOrders, KVConnectorMetadata)
     assert issubclass(StepReports, KVConnectorWorkerMetadata)
-    orders = StepOrders([PrefillJob("a", "asl", [1, 2], 0, [5])], 100)
+    orders = StepOrders([JOB], 100)
     assert pickle.loads(pickle.dumps(orders)) == orders
 
 
@@ -139,7 +139,7 @@ def test_passes_run_in_a_step_without_forward(worker: Queue) -> None:
 def rank_output(
     done: set[str], failed: set[str] = frozenset(), seconds: float = 1.0
 ) -> ModelRunnerOutput:
-    reports = {name: PrefillReport(3, 10, 20, 5, 6, seconds) for name in done - failed}
+    reports = {name: PrefillReport(3, 5, 6, seconds) for name in done - failed}
     output = ModelRunnerOutput.with_kv_conn_output_only(
         KVConnectorOutput(
             finished_recving=done,

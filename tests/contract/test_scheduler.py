@@ -15,6 +15,7 @@ from vllm.v1.request import RequestStatus
 from asl_vllm.engine.frontend.admission import usable_blocks
 from asl_vllm.engine.messages import StepReports
 from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillProgress
 from asl_vllm_testing.scheduler_host import (
     BLOCK,
@@ -50,9 +51,10 @@ def test_a_pruned_prompt_waits_for_its_load(host: Host) -> None:
     assert orders.token_layers == host.step_tokens * 10
     (ids,) = host.scheduler.kv_cache_manager.get_block_ids("a")
     assert (job.bands, job.keep_shallow) == (1, False)
-    first = job.pruned_tokens // BLOCK
+    first = job.pruned_blocks
     assert ids[:first] == [0] * first
-    assert job.slots == [
+    assert job.block_ids == [ids[first:]]
+    assert job.slots().tolist()[0] == [
         ids[position // BLOCK] * BLOCK + position % BLOCK
         for position in range(job.pruned_tokens, PROMPT - 1)
     ]
@@ -190,7 +192,7 @@ def test_blocks_held_with_full_shallow_layers(
     _, orders = host.step()
     (job,) = orders.jobs
     assert (job.bands, job.keep_shallow) == (bands, True)
-    assert len(job.slots) == len(set(job.slots)) == bands * (PROMPT - 1)
+    assert job.slots().unique().numel() == job.slots().numel() == bands * (PROMPT - 1)
     assert host.held("a") == [FULL] * bands
     host.step(done={"a"}, report=report)
     while request.num_output_tokens < 2 * BLOCK - 1:
@@ -215,8 +217,27 @@ def test_bands_alone_hold_what_one_block_table_holds() -> None:
     _, orders = host.step()
     (job,) = orders.jobs
     assert not job.keep_shallow
-    assert len(job.slots) == 5 * (KEPT - 1)
+    assert job.slots().shape == (5, KEPT - 1)
     assert host.held("a") == [FULL - FREED] * 5
+
+
+SPECULATION = {
+    "method": "ngram",
+    "num_speculative_tokens": 2,
+    "prompt_lookup_max": 3,
+}
+
+
+@pytest.mark.parametrize("speculation", [None, SPECULATION], ids=["plain", "ngram"])
+@pytest.mark.parametrize("bands", [1, 5])
+def test_the_pool_that_the_api_names_is_the_one_that_admission_enforces(
+    bands: int, speculation: dict[str, Any] | None
+) -> None:
+    engine = {"speculative_config": speculation}
+    host = make_host(bands=bands, engine=engine)
+    blocks = usable_blocks(settings_of(host.scheduler.vllm_config))
+    assert blocks == (POOL - 1) // bands - bool(speculation)
+    assert state_of(host)["pool_tokens"] == blocks * BLOCK
 
 
 def test_a_preempted_request_takes_all_its_blocks_again_and_frees_them_again() -> None:

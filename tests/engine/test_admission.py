@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from vllm.config import VllmConfig
@@ -11,13 +12,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from asl_vllm.config import AslConfig
-from asl_vllm.engine.frontend.admission import (
-    check_fields,
-    check_request,
-    usable_blocks,
-)
-from asl_vllm.engine.settings import config_of
+from asl_vllm.engine.frontend.admission import admit, read, usable_blocks
+from asl_vllm.engine.plan import PLAN_KEY, plan_of
+from asl_vllm.engine.settings import settings_of
 from asl_vllm_testing.vllm_configs import engine_config
 
 BLOCK = 32
@@ -59,9 +56,10 @@ def request(
 
 
 def check(made: VllmConfig, asked: EngineCoreRequest) -> SamplingParams:
-    check_request(made, config_of(made), asked)
-    assert asked.sampling_params is not None
-    return asked.sampling_params
+    params, settings = asked.sampling_params, settings_of(made)
+    assert params is not None
+    admit(settings, read(settings, params), asked)
+    return params
 
 
 def refusal(made: VllmConfig, asked: EngineCoreRequest) -> VLLMValidationError:
@@ -102,7 +100,7 @@ def test_nothing_is_asked_of_a_request_without_a_policy(
 ) -> None:
     for made, budget in ((config(), 64), (config(budget=64), None)):
         asked = request(200, budget, policy="none", more=more, **sampling)
-        assert check(made, asked).extra_args is not None
+        assert plan_of(check(made, asked)) is None
         refusal(made, request(200, budget, policy="snapkv", more=more, **sampling))
 
 
@@ -147,7 +145,7 @@ def test_shallow_layers_that_cannot_be_had_are_refused(
 ) -> None:
     params = SamplingParams(extra_args={"kv_shallow": value})
     with pytest.raises(VLLMValidationError) as refused:
-        check_fields(config_of(config(**options)), BLOCK, params)
+        read(settings_of(config(**options)), params)
     assert refused.value.parameter == "kv_shallow"
     assert said in str(refused.value)
 
@@ -155,19 +153,19 @@ def test_shallow_layers_that_cannot_be_had_are_refused(
 @pytest.mark.parametrize("value", ["snapkv", None])
 def test_pruned_shallow_layers_need_no_bands(value: Any) -> None:
     params = SamplingParams(extra_args={"kv_shallow": value})
-    check_fields(config_of(config()), BLOCK, params)
+    read(settings_of(config()), params)
 
 
 def test_a_policy_is_needed_for_full_shallow_layers() -> None:
     params = SamplingParams(extra_args={"kv_shallow": "snapkv"})
     with pytest.raises(VLLMValidationError, match="started without --kv-policy"):
-        check_fields(AslConfig(), BLOCK, params)
+        read(settings_of(engine_config()), params)
 
 
 def test_full_shallow_layers_must_fit_unpruned() -> None:
     """Each of the bands holds all of the prompt until the selection is known."""
     made = config(5 * POOL, bands=5)
-    assert usable_blocks(made) == POOL
+    assert usable_blocks(settings_of(made)) == POOL
     full = {"kv_budget": 64, "kv_shallow": "full"}
     check(made, request(320, max_tokens=1, extra=full))
     message = str(refusal(made, request(321, max_tokens=1, extra=full)))
@@ -177,6 +175,26 @@ def test_full_shallow_layers_must_fit_unpruned() -> None:
     message = str(refusal(made, request(300, max_tokens=22, extra=full)))
     assert "Lower max_tokens to 21, or send a kv_budget of 40 to 299" in message
     assert "without kv_shallow full" in message
+
+
+def test_a_plan_takes_the_place_of_the_fields() -> None:
+    """The engine core has nothing to read but the plan."""
+    asked = request(200, 64, extra={"other": 1, "kv_policy": "snapkv"})
+    params = check(config(), asked)
+    assert params.extra_args is not None
+    assert set(params.extra_args) == {"other", PLAN_KEY}
+    sent = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    plan = plan_of(sent)
+    assert plan is not None
+    assert (plan.policy, plan.budget, plan.pruned_blocks) == ("snapkv", 64, 5)
+    assert (plan.kept_tokens, plan.freed_blocks(3)) == (40, 15)
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_a_plan_that_a_client_made_is_refused(budget: int | None) -> None:
+    forged = {PLAN_KEY: {"policy": "asl", "pruned_blocks": 1 << 40}}
+    error = refusal(config(), request(200, budget, extra=forged))
+    assert error.parameter == PLAN_KEY
 
 
 def test_before_the_pool_is_known_nothing_is_measured() -> None:
@@ -273,15 +291,15 @@ def test_without_a_policy_nothing_is_checked() -> None:
 
 
 def test_usable_blocks() -> None:
-    assert usable_blocks(config(blocks=None)) is None
-    assert usable_blocks(config(10)) == 10
+    assert usable_blocks(settings_of(config(blocks=None))) is None
+    assert usable_blocks(settings_of(config(10))) == 10
 
 
 def test_a_front_end_of_several_engines_shares_their_sum() -> None:
     made = config()
     made.parallel_config.data_parallel_size = 4
     made.cache_config.num_gpu_blocks = 4 * (POOL + 1)
-    assert usable_blocks(made) == POOL
+    assert usable_blocks(settings_of(made)) == POOL
 
 
 @pytest.mark.parametrize("balancer", ["external", "hybrid"])
@@ -293,7 +311,7 @@ def test_a_front_end_of_some_engines_shares_their_sum(balancer: str) -> None:
     setattr(parallel, f"data_parallel_{balancer}_lb", True)
     assert parallel.local_engines_only
     made.cache_config.num_gpu_blocks = 2 * (POOL + 1)
-    assert usable_blocks(made) == POOL
+    assert usable_blocks(settings_of(made)) == POOL
 
 
 def test_drafted_tokens_take_blocks_too() -> None:
@@ -307,4 +325,4 @@ def test_drafted_tokens_take_blocks_too() -> None:
         },
     )
     made.cache_config.num_gpu_blocks = POOL + 1
-    assert usable_blocks(made) == POOL - 1
+    assert usable_blocks(settings_of(made)) == POOL - 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asl_vllm.config import ConfigError
-from asl_vllm.engine import settings
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import worker
 from asl_vllm_testing.vllm_configs import engine_config
 
@@ -34,7 +34,7 @@ class Base:
 class Worker(worker.PrefillWorkerMixin, Base):
     def __init__(self, **policy: Any) -> None:
         config = engine_config({"policy": "asl", **policy}, block_size=16)
-        settings.check_budget(config)
+        settings_of(config).check_budget()
         self.vllm_config = SimpleNamespace(
             additional_config=config.additional_config,
             cache_config=config.cache_config,

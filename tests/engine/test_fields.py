@@ -12,12 +12,13 @@ from vllm.sampling_params import SamplingParams
 
 from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES, AslConfig
 from asl_vllm.engine.frontend import request
-from asl_vllm.engine.frontend.admission import check_fields
+from asl_vllm.engine.frontend.admission import read
 from asl_vllm.engine.frontend.fields import FIELDS, given_fields
+from asl_vllm.engine.settings import Settings
 from asl_vllm_testing.vllm_configs import engine_config
 
-CONFIG = AslConfig(policy="asl", bands=2)
-BLOCK = 16
+OFF = AslConfig()
+ON = AslConfig(policy="asl", bands=2)
 GOOD: dict[str, list[Any]] = {
     "kv_budget": [48, 0.5, 1.0],
     "kv_policy": list(POLICY_NAMES),
@@ -35,9 +36,13 @@ def params(**fields: Any) -> SamplingParams:
     return SamplingParams(extra_args={"other": 1, **fields})
 
 
+def settings(config: AslConfig) -> Settings:
+    return Settings(config, engine_config(block_size=16))
+
+
 def refusal(config: AslConfig, **fields: Any) -> VLLMValidationError:
     with pytest.raises(VLLMValidationError) as refused:
-        check_fields(config, BLOCK, params(**fields))
+        read(settings(config), params(**fields))
     return refused.value
 
 
@@ -48,12 +53,13 @@ def test_every_field_is_tried_here() -> None:
 @pytest.mark.parametrize("name", GOOD)
 def test_good_values(name: str) -> None:
     for value in [None, *GOOD[name]]:
-        check_fields(CONFIG, BLOCK, params(**{name: value}))
+        given = {} if value is None else {name: value}
+        assert read(settings(ON), params(**{name: value})) == given
 
 
 @pytest.mark.parametrize(("name", "value"), ASKED, ids=str)
 def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
-    error = refusal(CONFIG, **{name: value})
+    error = refusal(ON, **{name: value})
     assert error.parameter == name
     assert f"{name}: got {value!r}; allowed: " in str(error)
     if name == "kv_policy":
@@ -61,24 +67,24 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_long_values_are_cut_short() -> None:
-    message = str(refusal(CONFIG, kv_policy="x" * 10_000))
+    message = str(refusal(ON, kv_policy="x" * 10_000))
     assert len(message) < 600
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_a_server_without_a_policy_refuses_all(name: str) -> None:
     for value in [*GOOD[name], *BAD[name]]:
-        error = refusal(AslConfig(), **{name: value})
+        error = refusal(OFF, **{name: value})
         assert error.parameter == name
         assert f"{name} was given" in str(error)
         assert "started without --kv-policy" in str(error)
-    check_fields(AslConfig(), BLOCK, params(**{name: None}))
-    check_fields(AslConfig(), BLOCK, SamplingParams())
+    assert read(settings(OFF), params(**{name: None})) == {}
+    assert read(settings(OFF), SamplingParams()) == {}
 
 
 def test_one_bad_field_beside_a_good_one_is_refused() -> None:
-    assert refusal(CONFIG, kv_budget=64, kv_policy="h2o").parameter == "kv_policy"
-    assert refusal(CONFIG, kv_budget=3, kv_policy="none").parameter == "kv_budget"
+    assert refusal(ON, kv_budget=64, kv_policy="h2o").parameter == "kv_policy"
+    assert refusal(ON, kv_budget=3, kv_policy="none").parameter == "kv_budget"
 
 
 def test_what_a_request_gives() -> None:
@@ -92,19 +98,21 @@ def test_the_schema_says_what_is_allowed(field: Any) -> None:
     types = [kind["type"] for kind in field.schema["anyOf"]]
     assert types[-1] == "null"
     for example in field.schema["examples"]:
-        field.validate(example, CONFIG, BLOCK)
+        field.validate(example, settings(ON))
     if field.name == "kv_policy":
         assert field.schema["anyOf"][0]["enum"] == list(POLICY_NAMES)
 
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("where", ["body", "vllm_xargs"])
-def test_bad_values_are_refused_before_a_reply_begins(where: str, name: str) -> None:
-    request.serve(engine_config({"policy": "asl"}))
-    fields = {name: "h2o"}
+def test_without_a_policy_fields_are_refused_before_a_reply_begins(
+    where: str, name: str
+) -> None:
+    request.serve(engine_config())
+    fields = {name: GOOD[name][0]}
     body = fields if where == "body" else {"vllm_xargs": fields}
     asked = CompletionRequest(prompt="x", **body)
-    with pytest.raises(VLLMValidationError, match=f"{name}: got 'h2o'"):
+    with pytest.raises(VLLMValidationError, match=f"{name} was given, but this server"):
         asked.to_sampling_params(16, {})
 
 

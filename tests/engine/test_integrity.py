@@ -23,7 +23,7 @@ def host() -> KVCacheManager:
     """A pool with one pruned request, two that share a prefix, and free blocks."""
     host = manager(blocks=POOL)
     pruned = request("pruned", 10 * BLOCK, hashed=False)
-    pruned_blocks(host).set_pruned_tokens("pruned", 7 * BLOCK)
+    pruned_blocks(host).set_pruned_blocks("pruned", 7)
     assert host.allocate_slots(
         pruned, 0, num_external_computed_tokens=pruned.num_tokens - 1
     )
@@ -62,7 +62,7 @@ def test_idle_once_all_are_freed(host: KVCacheManager, order: str) -> None:
     for letter in order:
         host.free(request(names[letter], 1))
         check_integrity(host)
-    assert "pruned tokens of pruned are remembered" in faults(host, idle=True)
+    assert "pruned blocks of pruned are remembered" in faults(host, idle=True)
     pruned_blocks(host).forget("pruned")
     check_integrity(host, idle=True)
 
@@ -110,7 +110,7 @@ def lack_a_block(host: KVCacheManager) -> None:
 
 
 def prune_less(host: KVCacheManager) -> None:
-    pruned_blocks(host).set_pruned_tokens("pruned", 6 * BLOCK)
+    pruned_blocks(host).set_pruned_blocks("pruned", 6)
 
 
 def hash_a_pruned_block(host: KVCacheManager) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import msgspec
@@ -9,20 +10,25 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from asl_vllm.engine.connector import AslConnector
+from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.engine.scheduler.metrics import OUTCOMES, PruningStats, PruningTally
 from asl_vllm.prefill import PrefillReport
 from asl_vllm_testing.vllm_configs import engine_config
 
-SELECTED = PrefillReport(3, 100, 64, 700, 300, 0.5)
-NOT_SELECTED = PrefillReport(None, 60, 32, 920, 0, 0.25)
+SELECTED = PrefillReport(3, 700, 300, 0.5)
+NOT_SELECTED = PrefillReport(None, 920, 0, 0.25)
+PLAN = PrunePlan(
+    policy="asl", budget=100, num_prompt_tokens=164, pruned_blocks=2, block_size=32
+)
+SHORT = dataclasses.replace(PLAN, num_prompt_tokens=92, pruned_blocks=1)
 LABELS = ["model_name", "engine"]
 
 
 def interval() -> PruningStats:
     tally = PruningTally()
-    tally.prefilled(SELECTED, 2, again=False)
-    tally.prefilled(SELECTED, 2, again=True)
-    tally.prefilled(NOT_SELECTED, 1, again=False)
+    tally.prefilled(PLAN, SELECTED, again=False)
+    tally.prefilled(PLAN, SELECTED, again=True)
+    tally.prefilled(SHORT, NOT_SELECTED, again=False)
     tally.ended("asl", "pruned")
     tally.ended("asl", "aborted")
     return tally.take()
@@ -43,10 +49,10 @@ def test_a_prompt_counts_once_and_its_prefills_each() -> None:
 
 def test_totals_go_on_and_intervals_begin_anew() -> None:
     tally = PruningTally()
-    tally.prefilled(SELECTED, 2, again=False)
+    tally.prefilled(PLAN, SELECTED, again=False)
     assert not tally.take().is_empty()
     assert tally.take().is_empty()
-    tally.prefilled(SELECTED, 2, again=True)
+    tally.prefilled(PLAN, SELECTED, again=True)
     assert tally.totals == {
         "requests": 1,
         "pruned_tokens": 64,

@@ -1,6 +1,8 @@
-"""From a request's budget to the tokens that are kept and pruned."""
+"""From a request's budget to the blocks that are pruned and the tokens that stay."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,15 +10,33 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 
 from asl_vllm.config import POLICY_NAMES, AslConfig
-from asl_vllm.engine.plan import (
-    PrunePlan,
-    asked_budget,
-    asked_policy,
-    plan_request,
-)
-from asl_vllm.selection.budget import BudgetError, minimum_budget
+from asl_vllm.engine.frontend.admission import plan_request
+from asl_vllm.engine.plan import PLAN_KEY, PrunePlan, plan_of
+from asl_vllm.engine.settings import Settings
+from asl_vllm.selection.budget import minimum_budget
 
 CONFIG = AslConfig(policy="asl")
+
+
+class Sizes(Settings):
+    """Settings of an engine that is nothing but a block size."""
+
+    block_size = 16
+    max_model_len = 10_000
+
+
+def sizes(config: AslConfig, block_size: int = 16) -> Settings:
+    kind = type("SizesOfABlock", (Sizes,), {"block_size": block_size})
+    made: Settings = kind(config, None)
+    return made
+
+
+def plan_for(config: AslConfig, prompt: int, block: int = 16, **fields: Any) -> Any:
+    return plan_request(sizes(config, block), fields, prompt)
+
+
+def policy_budget_kept(plan: PrunePlan | None) -> tuple[str, Any, int] | None:
+    return plan and (plan.policy, plan.budget, plan.kept_tokens)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +57,9 @@ CONFIG = AslConfig(policy="asl")
     ],
 )
 def test_kept_tokens(prompt: int, block: int, budget: int | float, kept: int) -> None:
-    plan = plan_request(CONFIG, budget, prompt, block)
-    assert plan == PrunePlan("asl", budget, prompt, kept)
-    assert plan.pruned_tokens == prompt - kept
+    plan = plan_for(CONFIG, prompt, block, kv_budget=budget)
+    assert policy_budget_kept(plan) == ("asl", budget, kept)
+    assert plan.pruned_tokens == plan.pruned_blocks * block == prompt - kept
 
 
 @given(
@@ -48,72 +68,78 @@ def test_kept_tokens(prompt: int, block: int, budget: int | float, kept: int) ->
     window=st.integers(1, 64),
     budget=st.one_of(st.integers(129 + 64, 6000), st.floats(0, 1, exclude_min=True)),
 )
-def test_a_plan_frees_whole_blocks_and_keeps_all_it_can(
+def test_a_plan_keeps_all_that_whole_blocks_let_it(
     prompt: int, block: int, window: int, budget: int | float
 ) -> None:
     config = AslConfig(policy="snapkv", window=window)
-    plan = plan_request(config, budget, prompt, block)
-    assert plan is not None
-    assert plan.pruned_tokens % block == 0
+    plan = plan_for(config, prompt, block, kv_budget=budget)
     allowed = budget
     if isinstance(budget, float):
         allowed = max(minimum_budget(window, block), int(budget * prompt))
     if allowed >= prompt:
-        assert plan.pruned_tokens == 0
+        assert plan.pruned_blocks == 0
     else:
         assert window < plan.kept_tokens <= allowed < plan.kept_tokens + block
 
 
 def test_no_budget_is_no_plan() -> None:
-    assert plan_request(CONFIG, None, 1000, 16) is None
+    assert plan_for(CONFIG, 1000) is None
 
 
 def test_a_request_without_budget_gets_the_servers() -> None:
     config = AslConfig(policy="asl", budget=512)
-    assert plan_request(config, None, 1024, 16) == PrunePlan("asl", 512, 1024, 512)
+    assert policy_budget_kept(plan_for(config, 1024)) == ("asl", 512, 512)
 
 
 def test_a_requests_own_budget_wins() -> None:
     config = AslConfig(policy="asl", budget=512)
-    assert plan_request(config, 256, 1024, 16) == PrunePlan("asl", 256, 1024, 256)
-    plan = plan_request(config, 1.0, 1024, 16)
-    assert plan is not None
-    assert plan.pruned_tokens == 0
+    assert policy_budget_kept(plan_for(config, 1024, kv_budget=256)) == (
+        *("asl", 256),
+        256,
+    )
+    assert plan_for(config, 1024, kv_budget=1.0).pruned_blocks == 0
 
 
 def test_without_a_policy_nothing_is_planned() -> None:
-    assert plan_request(AslConfig(), 256, 1000, 16) is None
+    assert plan_for(AslConfig(), 1000, kv_budget=256) is None
+    assert plan_for(AslConfig(), 1000, kv_budget=256, kv_policy="snapkv") is None
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_a_requests_own_policy_wins(name: str) -> None:
-    for config, asked in ((CONFIG, 256), (AslConfig(policy="asl", budget=256), None)):
-        plan = plan_request(config, asked, 1024, 16, policy=name)
-        wanted = None if name == "none" else PrunePlan(name, 256, 1024, 256)
-        assert plan == wanted
+    for config, own in (
+        (CONFIG, {"kv_budget": 256}),
+        (AslConfig(policy="asl", budget=256), {}),
+    ):
+        plan = plan_for(config, 1024, kv_policy=name, **own)
+        wanted = None if name == "none" else (name, 256, 256)
+        assert policy_budget_kept(plan) == wanted
 
 
 def test_a_policy_alone_prunes_nothing() -> None:
-    assert plan_request(CONFIG, None, 1000, 16, policy="snapkv") is None
-    assert plan_request(AslConfig(), 256, 1000, 16, policy="snapkv") is None
+    assert plan_for(CONFIG, 1000, kv_policy="snapkv") is None
 
 
-@pytest.mark.parametrize("budget", [0, 47, -1, True, "256", 1.5])
-def test_a_budget_that_was_not_validated_does_not_pass(budget: object) -> None:
-    with pytest.raises(BudgetError):
-        plan_request(CONFIG, budget, 1000, 16)
+def test_a_budget_beyond_any_prompt_fits_vllms_messages() -> None:
+    plan = plan_for(CONFIG, 1000, kv_budget=1 << 70)
+    assert (plan.budget, plan.pruned_blocks) == (10_000, 0)
 
 
-def test_the_policy_travels_in_extra_args() -> None:
-    assert asked_policy(SamplingParams(extra_args={"kv_policy": "asl"})) == "asl"
-    assert asked_policy(SamplingParams(extra_args={"kv_budget": 1})) is None
-    assert asked_policy(SamplingParams()) is None
-    assert asked_policy(None) is None
+def test_what_a_plan_comes_to_where_no_band_is_pruned() -> None:
+    plan = plan_for(CONFIG, 1000, kv_budget=256)
+    assert plan.in_force(2) is plan
+    assert (plan.freed_blocks(2), plan.freed_blocks(0)) == (94, 0)
+    none = plan.in_force(0)
+    assert (none.kept_tokens, none.pruned_tokens) == (1000, 0)
 
 
-def test_the_budget_travels_in_extra_args() -> None:
-    params = SamplingParams(extra_args={"kv_budget": 256, "other": 1})
-    assert asked_budget(params) == 256
-    assert asked_budget(SamplingParams(extra_args={"other": 1})) is None
-    assert asked_budget(SamplingParams()) is None
-    assert asked_budget(None) is None
+def test_a_plan_travels_in_extra_args() -> None:
+    plan = plan_for(CONFIG, 1000, kv_budget=256)
+    params = SamplingParams(extra_args={"other": 1})
+    assert plan_of(params) is None
+    plan.send_with(params)
+    assert params.extra_args is not None
+    assert set(params.extra_args) == {"other", PLAN_KEY}
+    assert plan_of(params) == plan
+    assert plan_of(SamplingParams()) is None
+    assert plan_of(None) is None

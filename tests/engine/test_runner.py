@@ -31,7 +31,7 @@ class Queue:
         return [
             PrefillOutcome(
                 job.request_id,
-                PrefillReport(1, job.kept_tokens, job.pruned_tokens, 1, 1, 0.0),
+                PrefillReport(1, job.num_prompt_tokens, 1, 0.0),
             )
             for job in ended
         ]
@@ -41,7 +41,14 @@ class Queue:
 
 
 def job(name: str, tokens: int = 8) -> PrefillJob:
-    return PrefillJob(name, "asl", [1] * tokens, 4, [0])
+    return PrefillJob(
+        request_id=name,
+        policy="asl",
+        prompt_token_ids=[1] * tokens,
+        pruned_blocks=4,
+        block_size=1,
+        block_ids=[[0]],
+    )
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def reported(side: WorkerSide) -> tuple[set[str], dict[str, int]]:
     done = side.take_results().finished_recving
     reports = side.take_reports()
     return done, {
-        name: report.kept_tokens + report.pruned_tokens
+        name: report.computed_token_layers
         for name, report in (reports.reports if reports else {}).items()
     }
 

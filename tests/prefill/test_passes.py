@@ -70,7 +70,7 @@ def test_the_pool_holds_each_heads_kept_rows() -> None:
     done = run(work, selection_layer=2)
     for layer in range(3):
         kept = done.policy.decisions[layer].kept
-        for row, slot in enumerate(work.slots):
+        for row, slot in enumerate(work.block_ids[0]):
             key, value = done.model.written[layer, slot]
             for head in range(SHAPE.num_kv_heads):
                 token = int(kept[head, row])
@@ -83,7 +83,7 @@ def test_deeper_layers_keep_all_they_are_given() -> None:
     done = run(work, selection_layer=2)
     for layer in range(3, LAYERS):
         assert len(done.model.keys[layer]) == work.kept_tokens
-        for row, slot in enumerate(work.slots):
+        for row, slot in enumerate(work.block_ids[0]):
             key, value = done.model.written[layer, slot]
             assert torch.equal(key, done.model.keys[layer][row])
             assert torch.equal(value, done.model.values[layer][row])
@@ -118,9 +118,9 @@ def test_slots_are_written_once_a_layer_and_the_last_row_never(
     """`ToyDecoder` asserts that no slot is written twice."""
     work = job()
     done = run(work, **way)
-    assert len(work.slots) == work.kept_tokens - 1
+    assert len(work.block_ids[0]) == work.kept_tokens - 1
     assert done.model.written.keys() == {
-        (layer, slot) for layer in range(LAYERS) for slot in work.slots
+        (layer, slot) for layer in range(LAYERS) for slot in work.block_ids[0]
     }
 
 
@@ -166,9 +166,11 @@ def test_snapkv_computes_every_token_in_every_layer() -> None:
     assert report.computed_token_layers == work.num_prompt_tokens * LAYERS
 
 
-def test_a_report_names_what_was_kept() -> None:
-    report = run(job(n=60, pruned=36)).report
-    assert (report.kept_tokens, report.pruned_tokens) == (24, 36)
+def test_a_report_names_what_was_pruned() -> None:
+    work = job(n=60, pruned=36)
+    assert (work.kept_tokens, work.pruned_tokens) == (24, 36)
+    report = run(work).report
+    assert report.pruned_bands == 1
     assert report.seconds > 0
 
 

@@ -75,7 +75,7 @@ def test_every_layer_writes_its_slots_once(
     work = job(policy=name)
     done = run(work, **options)
     assert done.model.written.keys() == {
-        (layer, slot) for layer in range(LAYERS) for slot in work.slots
+        (layer, slot) for layer in range(LAYERS) for slot in work.block_ids[0]
     }
 
 
@@ -92,7 +92,7 @@ def test_the_pool_holds_what_each_layer_keeps(
         if not isinstance(kept, Tensor):  # the layer was given k tokens
             assert len(done.model.keys[layer]) == K
             kept = torch.arange(K).expand(SHAPE.num_kv_heads, -1)
-        for row, slot in enumerate(work.slots):
+        for row, slot in enumerate(work.block_ids[0]):
             key, value = done.model.written[layer, slot]
             for head, token in enumerate(kept[:, row].tolist()):
                 assert torch.equal(key[head], done.model.keys[layer][token][head])
@@ -199,7 +199,7 @@ def test_the_second_run_knows_only_the_selected_tokens() -> None:
     for layer in range(LAYERS):
         alone.run_layer(layer, torch.arange(N - K, N), hidden, 0, tap)
         assert torch.equal(alone.keys[layer], done.model.keys[layer])
-        for row, slot in enumerate(work.slots):
+        for row, slot in enumerate(work.block_ids[0]):
             key, value = done.model.written[layer, slot]
             assert torch.equal(key, alone.keys[layer][row])
             assert torch.equal(value, alone.values[layer][row])

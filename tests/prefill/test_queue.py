@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -44,10 +45,8 @@ class FailingDecoder(ToyDecoder):
 
 def own_slots(work: PrefillJob, index: int) -> PrefillJob:
     """The job with slots that no other job has."""
-    slots = [slot + 10_000 * index for slot in work.slots]
-    return PrefillJob(
-        work.request_id, work.policy, work.prompt_token_ids, work.pruned_tokens, slots
-    )
+    slots = [slot + 10_000 * index for slot in work.block_ids[0]]
+    return dataclasses.replace(work, block_ids=[slots])
 
 
 def queue_of(
@@ -237,7 +236,7 @@ def test_abort_of_the_running_job() -> None:
     assert queue.abort("a")
     assert len(queue) == 1
     assert names(drain(queue, PLENTY)) == ["b"]
-    assert not {slot for _, slot in model.written} & set(job("a").slots)
+    assert not {slot for _, slot in model.written} & set(job("a").block_ids[0])
 
 
 def test_abort_before_any_step() -> None:

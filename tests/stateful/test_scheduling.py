@@ -32,8 +32,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.scheduler.integrity import check_integrity
-from asl_vllm.selection.budget import minimum_budget, resolve_kept
+from asl_vllm.engine.settings import settings_of
+from asl_vllm.selection.budget import minimum_budget
 from asl_vllm_testing.pretend import VOCABULARY, PretendWorker, Script
 from asl_vllm_testing.scheduler_host import BLOCK, make_host
 
@@ -69,6 +71,7 @@ class Machine(RuleBasedStateMachine):
             check_integrity=True,
         )
         self.scheduler = host.scheduler
+        self.settings = settings_of(self.scheduler.vllm_config)
         self.manager = self.scheduler.kv_cache_manager
         self.worker = PretendWorker(POOL, BLOCK)
         self.pending: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
@@ -110,18 +113,15 @@ class Machine(RuleBasedStateMachine):
         fails: bool,
     ) -> None:
         prompt = FAMILIES[family][:length]
-        kept = resolve_kept(
-            budget, num_prompt_tokens=length, block_size=BLOCK, window=WINDOW
-        )
+        given = {} if budget is None else {"kv_budget": budget}
+        plan = plan_request(self.settings, given, length)
         self._count += 1
-        pruned = length - kept
+        pruned = plan.pruned_tokens if plan else 0
         script = Script(name, prompt, max_tokens, pruned, fails and pruned > 0)
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            extra_args={"kv_budget": budget} if budget else None,
-        )
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         params.update_from_generation_config({}, None)
+        if plan:
+            plan.send_with(params)
         self.worker.scripts[name] = script
         self.arrived.append(name)
         self.answers[name] = []

@@ -1,34 +1,30 @@
 """Which requests a pruning server admits: their budget, their prompt, the pool.
 
 One validation for HTTP, ``vllm_xargs`` and offline requests, called by
-`engine/frontend/request.py`. Whatever cannot run is refused with a 400 that says what
-to change.
+`engine/frontend/request.py`: `read` before a prompt is looked at, `admit` after. What
+is admitted carries its plan to the engine core. Whatever cannot run is refused with a
+400 that says what to change.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils.math_utils import cdiv
 from vllm.v1.engine import EngineCoreRequest
 
-from asl_vllm.config import AslConfig
-from asl_vllm.engine import settings
-from asl_vllm.engine.frontend.fields import FIELDS, given_fields
-from asl_vllm.engine.plan import (
+from asl_vllm.engine.frontend.fields import (
     BUDGET_FIELD,
+    FIELDS,
     POLICY_FIELD,
     SHALLOW_FIELD,
-    PrunePlan,
-    asked_budget,
-    asked_policy,
-    asked_shallow,
-    plan_for,
+    given_fields,
 )
-from asl_vllm.selection.budget import minimum_budget, shown
+from asl_vllm.engine.plan import PLAN_KEY, PrunePlan
+from asl_vllm.engine.settings import Settings
+from asl_vllm.selection.budget import resolve_blocks, shown
 from asl_vllm.selection.policies import installed_policies
 
 
@@ -39,8 +35,8 @@ def refuse(
     return VLLMValidationError(message, parameter=parameter, value=value)
 
 
-def check_fields(config: AslConfig, block_size: int, params: SamplingParams) -> None:
-    """Validates a request's own fields before its prompt is looked at.
+def read(settings: Settings, params: SamplingParams) -> dict[str, Any]:
+    """A request's own fields, those it gives, by name; before its prompt is looked at.
 
     Raises:
         VLLMValidationError: a value is not allowed, or no policy is on, or this
@@ -51,7 +47,7 @@ def check_fields(config: AslConfig, block_size: int, params: SamplingParams) -> 
         value = given.get(field.name)
         if value is None:
             continue
-        if not config.enabled:
+        if not settings.config.enabled:
             raise refuse(
                 f"{field.name} was given, but this server prunes nothing: it was "
                 f"started without --kv-policy. Leave {field.name} out or ask for a "
@@ -60,11 +56,18 @@ def check_fields(config: AslConfig, block_size: int, params: SamplingParams) -> 
                 field.name,
             )
         try:
-            field.validate(value, config, block_size)
+            field.validate(value, settings)
         except ValueError as error:
             raise refuse(str(error), shown(value), field.name) from None
     if given.get(SHALLOW_FIELD) == "full":
-        _check_full(given.get(POLICY_FIELD) or config.policy)
+        _check_full(given.get(POLICY_FIELD) or settings.config.policy)
+    if settings.config.enabled and PLAN_KEY in (params.extra_args or {}):
+        raise refuse(
+            f"{PLAN_KEY} is written by the server alone. Send {BUDGET_FIELD} instead.",
+            shown(params.extra_args),
+            PLAN_KEY,
+        )
+    return given
 
 
 def _check_full(policy: str) -> None:
@@ -79,28 +82,59 @@ def _check_full(policy: str) -> None:
         )
 
 
-def check_request(
-    vllm_config: VllmConfig, config: AslConfig, request: EngineCoreRequest
-) -> None:
-    """Checks a request against its prompt and the pool; may lower ``max_tokens``.
+def plan_request(
+    settings: Settings, given: dict[str, Any], num_prompt_tokens: int
+) -> PrunePlan | None:
+    """The plan of a request with these fields; None when it is to be left alone.
 
-    ``max_tokens`` is lowered only where it stands for "as many as fit", that is,
-    where it reaches up to ``max_model_len``.
+    That is when neither it nor the server names a budget, and when the policy that
+    goes, its own or else the server's, is ``none``.
+    """
+    config = settings.config
+    budget = given.get(BUDGET_FIELD, config.budget)
+    policy = given.get(POLICY_FIELD, config.policy)
+    if not config.enabled or policy == "none" or budget is None:
+        return None
+    if isinstance(budget, int):
+        # Beyond any prompt it may be too long a number for vLLM's messages.
+        budget = min(budget, settings.max_model_len)
+    blocks = resolve_blocks(
+        budget,
+        num_prompt_tokens=num_prompt_tokens,
+        block_size=settings.block_size,
+        window=config.window,
+    )
+    return PrunePlan(
+        policy=policy,
+        budget=budget,
+        num_prompt_tokens=num_prompt_tokens,
+        pruned_blocks=blocks,
+        block_size=settings.block_size,
+        keep_shallow=given.get(SHALLOW_FIELD) == "full",
+    )
+
+
+def admit(
+    settings: Settings, given: dict[str, Any], request: EngineCoreRequest
+) -> None:
+    """Checks a request with these fields against its prompt and the pool.
+
+    Its parameters get the plan in place of the fields. Its ``max_tokens`` is lowered
+    where it stands for "as many as fit", that is, where it reaches up to
+    ``max_model_len``.
 
     Raises:
         VLLMValidationError: the request can never run on this server.
     """
     params = request.sampling_params
-    if not config.enabled or params is None:
+    if not settings.config.enabled or params is None:
         return
-    block_size = vllm_config.cache_config.block_size
     prompt = request.prompt_token_ids
     num_prompt_tokens = len(prompt if prompt is not None else request.prompt_embeds)
-    plan = plan_for(config, params, num_prompt_tokens, block_size)
-    _cap_budget(vllm_config, params)
+    plan = plan_request(settings, given, num_prompt_tokens)
     pruned = plan.pruned_tokens if plan else 0
     if plan and pruned:
-        _check_prunable(vllm_config, request, plan)
+        _check_prunable(settings, request, plan)
         # Pruned requests neither read nor fill the prefix cache; left set, this
         # would make the scheduler ignore connectors.
         params.skip_reading_prefix_cache = False
@@ -108,19 +142,15 @@ def check_request(
             # Until it is prefilled each band holds all of it, and should no layer be
             # selected, for good.
             pruned = 0
-    _check_fits(vllm_config, config, params, num_prompt_tokens, pruned)
-
-
-def _cap_budget(vllm_config: VllmConfig, params: SamplingParams) -> None:
-    """Bounds a budget beyond any prompt, so that it fits vLLM's messages."""
-    asked = asked_budget(params)
-    limit = vllm_config.model_config.max_model_len
-    if isinstance(asked, int) and asked > limit:
-        params.extra_args = {**(params.extra_args or {}), BUDGET_FIELD: limit}
+    _check_fits(settings, given, params, num_prompt_tokens, pruned)
+    others = {k: v for k, v in (params.extra_args or {}).items() if k not in given}
+    params.extra_args = others or None
+    if plan:
+        plan.send_with(params)
 
 
 def _check_prunable(
-    vllm_config: VllmConfig, request: EngineCoreRequest, plan: PrunePlan
+    settings: Settings, request: EngineCoreRequest, plan: PrunePlan
 ) -> None:
     params = request.sampling_params
     assert params is not None
@@ -142,7 +172,7 @@ def _check_prunable(
             f"out; {BUDGET_FIELD}=1.0 prunes nothing.",
             plan.budget,
         )
-    capacity = settings.prefill_capacity(vllm_config)
+    capacity = settings.prefill_capacity
     if plan.num_prompt_tokens > capacity:
         raise refuse(
             f"the prompt has {plan.num_prompt_tokens} tokens; this server prunes "
@@ -152,37 +182,36 @@ def _check_prunable(
 
 
 def _check_fits(
-    vllm_config: VllmConfig,
-    config: AslConfig,
+    settings: Settings,
+    given: dict[str, Any],
     params: SamplingParams,
     num_prompt_tokens: int,
     pruned_tokens: int,
 ) -> None:
-    pool_blocks = usable_blocks(vllm_config)
+    pool_blocks = usable_blocks(settings)
     if pool_blocks is None:
         return
-    block_size = vllm_config.cache_config.block_size
+    block_size = settings.block_size
     pool_tokens = pool_blocks * block_size
     held = num_prompt_tokens - pruned_tokens
-    prunable = num_prompt_tokens <= settings.prefill_capacity(vllm_config)
-    minimum = minimum_budget(config.window, block_size)
+    prunable = num_prompt_tokens <= settings.prefill_capacity
+    minimum = settings.minimum_budget
     if cdiv(held, block_size) > pool_blocks:
         kind = "kept prompt tokens" if pruned_tokens else "prompt tokens"
         remedy = "Send a shorter prompt"
         if prunable:
             remedy += f" or a {BUDGET_FIELD} of {minimum} to {pool_tokens} tokens"
-            remedy += _without(params)
+            remedy += _without(given)
         raise refuse(
             f"{held} {kind} do not fit the KV pool of {pool_tokens} tokens. {remedy}.",
-            asked_budget(params),
+            given.get(BUDGET_FIELD),
         )
     # The last generated token is never written to the cache.
     room = pool_tokens + pruned_tokens - num_prompt_tokens + 1
     assert params.max_tokens is not None
     if params.max_tokens <= room:
         return
-    max_model_len = vllm_config.model_config.max_model_len
-    if num_prompt_tokens + params.max_tokens >= max_model_len:
+    if num_prompt_tokens + params.max_tokens >= settings.max_model_len:
         params.max_tokens = max(room, 1)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
         return
@@ -191,7 +220,7 @@ def _check_fits(
     budget = pool_tokens - params.max_tokens + 1
     if prunable and budget >= minimum:
         remedy += f", or send a {BUDGET_FIELD} of {minimum} to {budget} tokens"
-        remedy += _without(params)
+        remedy += _without(given)
     raise VLLMValidationError(
         f"{held} prompt tokens and max_tokens={params.max_tokens} do not fit the KV "
         f"pool of {pool_tokens} tokens. {remedy}.",
@@ -200,36 +229,24 @@ def _check_fits(
     )
 
 
-def _without(params: SamplingParams) -> str:
+def _without(given: dict[str, Any]) -> str:
     """What else must change for a smaller budget to help."""
-    if asked_policy(params) == "none":
+    if given.get(POLICY_FIELD) == "none":
         return f" and another {POLICY_FIELD} than none"
-    return f" without {SHALLOW_FIELD} full" if asked_shallow(params) == "full" else ""
+    return (
+        f" without {SHALLOW_FIELD} full" if given.get(SHALLOW_FIELD) == "full" else ""
+    )
 
 
-def usable_blocks(vllm_config: VllmConfig) -> int | None:
-    """Blocks a band of one engine's pool that requests can hold; None: not sized yet.
-
-    All bands take theirs from the pool, and a request needs as many in each unless
-    bands of it are pruned.
-    """
-    total = vllm_config.cache_config.num_gpu_blocks
+def usable_blocks(settings: Settings) -> int | None:
+    """`Settings.usable_blocks` of one engine behind this front end; None: not sized."""
+    total = settings.vllm_config.cache_config.num_gpu_blocks
     if not total:
         return None
-    # Block 0 of each engine's pool is the null block.
-    usable: int = total // _engines_behind(vllm_config) - 1
-    usable //= settings.config_of(vllm_config).bands
-    if vllm_config.speculative_config is not None:
-        # Those of every step in flight, of which no one knows yet how many are right.
-        steps = vllm_config.max_concurrent_batches
-        drafted = steps * (1 + vllm_config.num_speculative_tokens)
-        usable -= cdiv(drafted, vllm_config.cache_config.block_size)
-    return usable
-
-
-def _engines_behind(vllm_config: VllmConfig) -> int:
-    """Engines whose pools vLLM adds up in this process's ``num_gpu_blocks``."""
-    parallel = vllm_config.parallel_config
-    if parallel.local_engines_only:
-        return max(parallel.data_parallel_size_local, 1)
-    return max(parallel.data_parallel_size, 1)
+    # vLLM adds up the pools of the engines that this process manages.
+    parallel = settings.vllm_config.parallel_config
+    local = parallel.local_engines_only
+    engines = (
+        parallel.data_parallel_size_local if local else parallel.data_parallel_size
+    )
+    return settings.usable_blocks(total // max(engines, 1))

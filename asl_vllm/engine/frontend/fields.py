@@ -1,7 +1,8 @@
 """The request fields that are ours: what they mean, their schema, what they may be.
 
-A field travels under its name: as a field of HTTP bodies, as a key of ``vllm_xargs``
-and of ``SamplingParams.extra_args``. Null, or leaving it out, asks for nothing.
+A field comes under its name: as a field of HTTP bodies, as a key of ``vllm_xargs``
+and of ``SamplingParams.extra_args``. Null, or leaving it out, asks for nothing. What it
+comes to leaves as a plan (`asl_vllm.engine.plan`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
-from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES, AslConfig
-from asl_vllm.engine.plan import BUDGET_FIELD, POLICY_FIELD, SHALLOW_FIELD
-from asl_vllm.selection.budget import minimum_budget, shown, validate_budget
+from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES
+from asl_vllm.engine.settings import Settings
+from asl_vllm.selection.budget import shown, validate_budget
+
+BUDGET_FIELD = "kv_budget"
+POLICY_FIELD = "kv_policy"
+SHALLOW_FIELD = "kv_shallow"
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,16 @@ class RequestField:
     name: str
     description: str
     schema: dict[str, Any]
-    validate: Callable[[Any, AslConfig, int], object]
-    """Given a value that is not None, the config and the block size; raises a
-    ValueError that says what, got, allowed."""
+    validate: Callable[[Any, Settings], object]
+    """Given a value that is not None; raises a ValueError that says what, got,
+    allowed."""
 
 
-def _validate_budget(value: Any, config: AslConfig, block_size: int) -> None:
-    validate_budget(value, minimum=minimum_budget(config.window, block_size))
+def _validate_budget(value: Any, settings: Settings) -> None:
+    validate_budget(value, minimum=settings.minimum_budget)
 
 
-def _validate_policy(value: Any, config: AslConfig, block_size: int) -> None:
+def _validate_policy(value: Any, settings: Settings) -> None:
     if not isinstance(value, str) or value not in POLICY_NAMES:
         raise ValueError(
             f"{POLICY_FIELD}: got {shown(value)}; allowed: {', '.join(POLICY_NAMES)}, "
@@ -41,13 +46,13 @@ def _validate_policy(value: Any, config: AslConfig, block_size: int) -> None:
         )
 
 
-def _validate_shallow(value: Any, config: AslConfig, block_size: int) -> None:
+def _validate_shallow(value: Any, settings: Settings) -> None:
     if not isinstance(value, str) or value not in SHALLOW_MODES:
         raise ValueError(
             f"{SHALLOW_FIELD}: got {shown(value)}; allowed: "
             f"{', '.join(SHALLOW_MODES)}, or null for {SHALLOW_MODES[0]}."
         )
-    if value == "full" and config.bands == 1:
+    if value == "full" and settings.config.bands == 1:
         raise ValueError(
             f"{SHALLOW_FIELD}: got 'full'; this server frees the same blocks for all "
             "layers. Leave it out, or ask for a server with --kv-bands above 1."

@@ -21,6 +21,7 @@ from asl_vllm.engine.frontend import (
     request,
     run_batch,
     standby,
+    streams,
     usage,
 )
 from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
@@ -112,7 +113,7 @@ def _check_replies(config: AslConfig) -> None:
     They are installed when an HTTP application is built, which is late to find out.
     """
     try:
-        for module in (usage, apis, repeated_ids):
+        for module in (usage, streams, apis, repeated_ids):
             check(module.install)
     except UpstreamDriftError as drift:
         raise standby.refusal(config, str(drift)) from drift

@@ -1,9 +1,9 @@
-"""Our fields in requests: of HTTP bodies, and where every request is checked.
+"""Our fields in requests: of HTTP bodies, and where every request is planned.
 
 Touch points: the fields, which `apis` adds to the pydantic request models in place,
 are copied to ``extra_args`` by their ``to_sampling_params``;
 ``InputProcessor.process_inputs``, through which HTTP, ``vllm_xargs`` and offline
-requests all pass, validates them.
+requests all pass, reads them, once, and puts a plan in their place.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from asl_vllm.engine import settings
 from asl_vllm.engine.frontend import apis
-from asl_vllm.engine.frontend.admission import check_fields, check_request, refuse
+from asl_vllm.engine.frontend.admission import admit, read, refuse
+from asl_vllm.engine.frontend.checked import CheckedPrompt
 from asl_vllm.engine.frontend.fields import FIELDS
 from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.selection.budget import shown
 
 _served: VllmConfig | None = None
 
 
 def serve(vllm_config: VllmConfig) -> None:
-    """Tells the HTTP request models which engine this process serves.
-
-    With it a bad field is refused before a streamed reply has begun, when the status
-    can still be 400.
-    """
+    """Tells the HTTP request models which engine this process serves."""
     global _served
     _served = vllm_config
 
@@ -50,9 +47,10 @@ def _read_fields(model: type) -> None:
             given = {name: v for name, v in values.items() if v is not None}
             if given:
                 params.extra_args = {**(params.extra_args or {}), **given}
-            if _served is not None:
-                config = settings.config_of(_served)
-                check_fields(config, _served.cache_config.block_size, params)
+            if _served is not None and not settings_of(_served).config.enabled:
+                # Nothing of ours is installed that could refuse a stream later, while
+                # its status can still be 400 (`engine/frontend/streams.py`).
+                read(settings_of(_served), params)
             return params
 
         return to_sampling_params
@@ -98,11 +96,17 @@ def install() -> None:
             *args: Any,
             **kwargs: Any,
         ) -> EngineCoreRequest:
-            config = settings.config_of(self.vllm_config)
-            if isinstance(params, SamplingParams):
-                check_fields(config, self.vllm_config.cache_config.block_size, params)
-            request = original(self, request_id, prompt, params, *args, **kwargs)
-            check_request(self.vllm_config, config, request)
+            if isinstance(prompt, CheckedPrompt):
+                ready = prompt.take(params, kwargs)
+                if ready is not None:
+                    ready.request_id = request_id
+                    return ready
+            settings = settings_of(self.vllm_config)
+            given = read(settings, params) if isinstance(params, SamplingParams) else {}
+            request: EngineCoreRequest = original(
+                self, request_id, prompt, params, *args, **kwargs
+            )
+            admit(settings, given, request)
             return request
 
         return process_inputs

@@ -6,10 +6,7 @@ makes after the last one carry the whole, in bodies and in streams alike.
 
 Touch points: wraps ``OutputProcessor.add_request``, where a sequence is first seen in
 its HTTP request's context; ``RequestState.make_request_output``, which its result
-passes; ``UsageInfo``, ``ResponseUsage`` and ``AnthropicUsage``; and
-``AsyncLLM.generate`` and
-``OpenAIServingResponses._generate_with_builtin_tools``, which are called with the
-tokenised prompt while a bad one can still be refused with a 400.
+passes; ``UsageInfo``, ``ResponseUsage`` and ``AnthropicUsage``.
 """
 
 from __future__ import annotations
@@ -22,12 +19,10 @@ from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import FinishReason
-from vllm.v1.engine.input_processor import InputProcessor
 
 from asl_vllm.engine.patching import change, together, wrap_method
-from asl_vllm.engine.result import sequence_usage
+from asl_vllm.engine.result import untouched_usage
 
 USAGE_FIELD = "kv_cache"
 """Name of the part of ``usage`` that is ours."""
@@ -47,7 +42,7 @@ class SequenceUsage:
 
     def end(self, result: dict[str, Any] | None) -> None:
         """Takes the engine's result; None says that no budget was in force."""
-        self.result = result or sequence_usage("none", None, self._num_prompt_tokens)
+        self.result = result or untouched_usage(self._num_prompt_tokens)
 
 
 class RequestUsage:
@@ -111,14 +106,26 @@ def collect() -> Iterator[RequestUsage]:
         _current.reset(token)
 
 
+def collecting() -> bool:
+    """Whether an HTTP request is being answered whose usage is collected."""
+    return _current.get() is not None
+
+
+def name_prompt(request_id: str) -> bool:
+    """Gives a prompt its place in the order of choices; whether usage is collected."""
+    usage = _current.get()
+    if usage is None:
+        return False
+    usage.prompt(request_id)
+    return True
+
+
 @together()
 def install() -> None:
     """Wraps the touch points; idempotent. For front ends with a policy only."""
     from vllm.entrypoints.anthropic.protocol import AnthropicUsage
     from vllm.entrypoints.openai.responses.protocol import ResponseUsage
-    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
-    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
     wrap_method(
@@ -139,18 +146,6 @@ def install() -> None:
     change(partial(_allow_field, AnthropicUsage))
     for model in (UsageInfo, ResponseUsage, AnthropicUsage):
         wrap_method(model, "__init__", ("self", "data"), _wrap_usage)
-    wrap_method(
-        AsyncLLM,
-        "generate",
-        ("self", "prompt", "sampling_params", "request_id"),
-        _wrap_generate,
-    )
-    wrap_method(
-        OpenAIServingResponses,
-        "_generate_with_builtin_tools",
-        ("self", "request_id", "engine_input", "sampling_params"),
-        _wrap_responses,
-    )
 
 
 def _allow_field(model: Any) -> None:
@@ -222,54 +217,3 @@ def _wrap_usage(original: Any) -> Any:
             setattr(self, USAGE_FIELD, report)
 
     return __init__
-
-
-def _wrap_generate(original: Any) -> Any:
-    def generate(
-        self: Any,
-        prompt: Any,
-        sampling_params: SamplingParams,
-        request_id: str,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        usage = _current.get()
-        if usage is not None:
-            usage.prompt(request_id)
-            _check(self.input_processor, prompt, sampling_params, request_id)
-        return original(self, prompt, sampling_params, request_id, *args, **kwargs)
-
-    return generate
-
-
-def _wrap_responses(original: Any) -> Any:
-    def _generate_with_builtin_tools(
-        self: Any,
-        request_id: str,
-        engine_input: Any,
-        sampling_params: SamplingParams,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if _current.get() is not None:
-            processor = self.engine_client.input_processor
-            _check(processor, engine_input, sampling_params, request_id)
-        return original(
-            self, request_id, engine_input, sampling_params, *args, **kwargs
-        )
-
-    return _generate_with_builtin_tools
-
-
-def _check(
-    processor: InputProcessor, prompt: Any, params: SamplingParams, request_id: str
-) -> None:
-    """Refuses a streamed request before its reply begins.
-
-    vLLM validates a prompt when its generator is first asked for output; a stream has
-    begun by then. The validation works on a copy of the parameters, so that running
-    it once more changes nothing.
-    """
-    rendered = isinstance(prompt, dict) and "type" in prompt
-    if rendered and params.output_kind == RequestOutputKind.DELTA:
-        processor.process_inputs(request_id, prompt, params, ("generate",))

@@ -18,43 +18,43 @@ from vllm.v1.request import Request
 class PrunedBlocksManager(FullAttentionManager):
     """Full-attention blocks, less the leading ones of pruned requests.
 
-    Owns the number of pruned tokens of each request; a multiple of the block size.
+    Owns the number of pruned blocks of each request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pruned_tokens: dict[str, int] = {}
+        self._pruned_blocks: dict[str, int] = {}
         self._current: str | None = None
         self._late: set[str] = set()
 
-    def set_pruned_tokens(self, request_id: str, num_tokens: int) -> None:
-        """Makes the first ``num_tokens`` of a request occupy null blocks.
+    def set_pruned_blocks(self, request_id: str, num_blocks: int) -> None:
+        """Makes the first ``num_blocks`` of a request null blocks.
 
         Blocks that it holds there are freed when vLLM next schedules it. 0 keeps them
         all; the request stays out of the prefix cache none the less.
         """
-        assert num_tokens >= 0 and num_tokens % self.block_size == 0
-        pruned = self.req_to_blocks.get(request_id, [])[: num_tokens // self.block_size]
+        assert num_blocks >= 0
+        pruned = self.req_to_blocks.get(request_id, [])[:num_blocks]
         if any(not block.is_null for block in pruned):
             self._late.add(request_id)
-        self._pruned_tokens[request_id] = num_tokens
+        self._pruned_blocks[request_id] = num_blocks
 
     def forget(self, request_id: str) -> None:
-        """Drops what `set_pruned_tokens` said; the request has ended."""
-        self._pruned_tokens.pop(request_id, None)
+        """Drops what `set_pruned_blocks` said; the request has ended."""
+        self._pruned_blocks.pop(request_id, None)
         self._late.discard(request_id)
 
-    def pruned_tokens(self, request_id: str) -> int:
-        """Leading tokens of a request that occupy null blocks; 0 if unknown."""
-        return self._pruned_tokens.get(request_id, 0)
+    def pruned_blocks(self, request_id: str) -> int:
+        """Leading blocks of a request that are null blocks; 0 if unknown."""
+        return self._pruned_blocks.get(request_id, 0)
 
     def is_pruned_late(self, request_id: str) -> bool:
         """Whether blocks that it took are yet to be freed, when next scheduled."""
         return request_id in self._late
 
     def pruned_requests(self) -> tuple[str, ...]:
-        """Requests of which `set_pruned_tokens` was told and `forget` was not."""
-        return tuple(self._pruned_tokens)
+        """Requests of which `set_pruned_blocks` was told and `forget` was not."""
+        return tuple(self._pruned_blocks)
 
     def held_blocks(self, request_id: str) -> int:
         """Blocks that a request owns, null blocks not counted."""
@@ -72,7 +72,8 @@ class PrunedBlocksManager(FullAttentionManager):
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         if self._current is None:
             return 0
-        return min(self._pruned_tokens.get(self._current, 0), num_computed_tokens)
+        pruned = self._pruned_blocks.get(self._current, 0) * self.block_size
+        return min(pruned, num_computed_tokens)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, *args: Any, **kwargs: Any
@@ -99,5 +100,5 @@ class PrunedBlocksManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A pruned block holds other tokens than its positions say.
-        if request.request_id not in self._pruned_tokens:
+        if request.request_id not in self._pruned_blocks:
             super().cache_blocks(request, *args, **kwargs)

@@ -181,7 +181,7 @@ def _pruned_blocks(manager: Any, request_id: str) -> int:
     """Leading blocks that a request lacks."""
     if not isinstance(manager, PrunedBlocksManager):
         return 0
-    return manager.pruned_tokens(request_id) // manager.block_size
+    return manager.pruned_blocks(request_id)
 
 
 def _row(manager: Any, request_id: str, row: list[Any]) -> Iterator[str]:
@@ -242,4 +242,4 @@ def _nothing_left(managers: Any, owners: dict[int, list[str]]) -> Iterator[str]:
     for manager in managers:
         if isinstance(manager, PrunedBlocksManager):
             for request_id in manager.pruned_requests():
-                yield f"pruned tokens of {request_id} are remembered at idle"
+                yield f"pruned blocks of {request_id} are remembered at idle"

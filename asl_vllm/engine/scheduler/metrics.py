@@ -18,7 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 from vllm.v1.metrics.buckets import build_1_2_5_buckets, histogram_buckets
 
-from asl_vllm.engine import settings
+from asl_vllm.engine.plan import PrunePlan
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillReport
 
 OUTCOMES = ("pruned", "unpruned", "failed", "aborted")
@@ -71,11 +72,12 @@ class PruningStats(KVConnectorStats):
         outcomes = self.data["ended"].setdefault(policy, {})
         outcomes[outcome] = outcomes.get(outcome, 0) + count
 
-    def add_pruned(self, report: PrefillReport, freed_blocks: int) -> None:
+    def add_pruned(self, plan: PrunePlan, report: PrefillReport) -> None:
         """Counts a prompt that was pruned; once, however often it is prefilled."""
-        self.data["pruned_tokens"] += report.pruned_tokens
-        self.data["freed_blocks"] += freed_blocks
-        self.data["kept_tokens"].append(report.kept_tokens)
+        held = plan.in_force(report.pruned_bands)
+        self.data["pruned_tokens"] += held.pruned_tokens
+        self.data["freed_blocks"] += plan.freed_blocks(report.pruned_bands)
+        self.data["kept_tokens"].append(held.kept_tokens)
         if report.selection_layer is not None:
             self.data["selection_layer"].append(report.selection_layer)
 
@@ -98,17 +100,17 @@ class PruningTally:
             "computed_token_layers": 0,
         }
 
-    def prefilled(
-        self, report: PrefillReport, freed_blocks: int, *, again: bool
-    ) -> None:
+    def prefilled(self, plan: PrunePlan, report: PrefillReport, *, again: bool) -> None:
         """A pruned prefill was run; ``again`` where its request had one before."""
         self._interval.add_prefill(report)
         self.totals["skipped_token_layers"] += report.skipped_token_layers
         self.totals["computed_token_layers"] += report.computed_token_layers
         if not again:
-            self._interval.add_pruned(report, freed_blocks)
+            self._interval.add_pruned(plan, report)
             self.totals["requests"] += 1
-            self.totals["pruned_tokens"] += report.pruned_tokens
+            self.totals["pruned_tokens"] += plan.in_force(
+                report.pruned_bands
+            ).pruned_tokens
 
     def ended(self, policy: str, outcome: str) -> None:
         """A request with a budget ended."""
@@ -131,8 +133,9 @@ class PruningPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._policy = settings.config_of(vllm_config).policy
-        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        settings = settings_of(vllm_config)
+        self._policy = settings.config.policy
+        num_layers = settings.num_layers
         tokens = build_1_2_5_buckets(vllm_config.model_config.max_model_len)
         self._histograms = {
             name: self._histogram_cls(

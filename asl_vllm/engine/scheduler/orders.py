@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from asl_vllm.engine import settings
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.plan import PrunePlan, plan_for
+from asl_vllm.engine.plan import PrunePlan, plan_of
 from asl_vllm.engine.result import sequence_usage
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.metrics import PruningTally
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
 
 if TYPE_CHECKING:
@@ -33,15 +36,12 @@ class SchedulerSide:
     """Owns the plans of requests with a budget and the list of running jobs."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        self._config = settings.config_of(vllm_config)
-        self._bands = settings.bands_of(vllm_config)
-        self._block_size: int = vllm_config.cache_config.block_size
-        self.num_layers: int = vllm_config.model_config.get_num_layers(
-            vllm_config.parallel_config
-        )
-        self._step_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-        self._pass_token_layers = settings.pass_token_layers(vllm_config)
-        self._max_model_len: int = vllm_config.model_config.max_model_len
+        settings = settings_of(vllm_config)
+        self._settings = settings
+        self._bands = settings.bands
+        self.num_layers = settings.num_layers
+        self._step_tokens = settings.step_tokens
+        self._pass_token_layers = settings.pass_token_layers
         self._plans: dict[str, PrunePlan] = {}
         self._reports: dict[str, PrefillReport] = {}
         self._progress: dict[str, PrefillProgress] = {}
@@ -60,33 +60,27 @@ class SchedulerSide:
         assert all(isinstance(m, PrunedBlocksManager) for m in self._managers)
         found = [manager.kv_cache_spec.band for manager in self._managers]
         assert found == list(range(self._bands.count)), found
-        # The pool counts the null block, which holds nothing.
-        blocks = (kv_cache_manager.block_pool.num_gpu_blocks - 1) // self._bands.count
-        self.pool_tokens = blocks * self._block_size
-        if self.pool_tokens < self._max_model_len:
+        settings = self._settings
+        assert {m.block_size for m in self._managers} == {settings.block_size}
+        blocks = settings.usable_blocks(kv_cache_manager.block_pool.num_gpu_blocks)
+        self.pool_tokens = blocks * settings.block_size
+        if self.pool_tokens < settings.max_model_len:
             logger.info(
                 "asl_vllm: the KV pool holds %d tokens; prompts of %d to %d tokens are "
                 "answered with a kv_budget and refused without one",
                 self.pool_tokens,
                 self.pool_tokens + 1,
-                self._max_model_len,
+                settings.max_model_len,
             )
 
     def on_new_request(self, request: Request) -> None:
-        """Plans a request; one that will be pruned leaves the prefix cache."""
+        """Takes a request's plan; one that will be pruned leaves the prefix cache."""
         self._idle_check.begin(request.request_id)
-        if request.sampling_params is None:
-            return
-        plan = plan_for(
-            self._config,
-            request.sampling_params,
-            request.num_prompt_tokens,
-            self._block_size,
-        )
+        plan = plan_of(request.sampling_params)
         if plan is None:
             return
         self._plans[request.request_id] = plan
-        if plan.pruned_tokens:
+        if plan.pruned_blocks:
             bands = 0 if plan.keep_shallow else self._bands.count
             self._prune(request.request_id, plan, bands)
             # Without hashes it neither finds nor leaves blocks in the prefix cache.
@@ -94,11 +88,11 @@ class SchedulerSide:
             request._block_hasher = None
 
     def _prune(self, request_id: str, plan: PrunePlan, deepest_bands: int) -> None:
-        """Says that so many of the deepest bands lack the pruned tokens."""
+        """Says that so many of the deepest bands lack the pruned blocks."""
         first = self._bands.count - deepest_bands
         for band, manager in enumerate(self._managers):
-            pruned = plan.pruned_tokens if band >= first else 0
-            manager.set_pruned_tokens(request_id, pruned)
+            pruned = plan.pruned_blocks if band >= first else 0
+            manager.set_pruned_blocks(request_id, pruned)
 
     def tokens_to_load(self, request: Request) -> tuple[int | None, bool]:
         """(N-1, True) for a pruned request, (0, False) for any other.
@@ -108,7 +102,7 @@ class SchedulerSide:
         step either, so that the order stays.
         """
         plan = self._plans.get(request.request_id)
-        if plan is None or not plan.pruned_tokens:
+        if plan is None or not plan.pruned_blocks:
             return 0, False
         busy = sum(self._in_flight.values()) >= _STEPS_AHEAD * self._step_tokens
         if busy or self._turned_away or request.request_id in self._dropped:
@@ -123,30 +117,24 @@ class SchedulerSide:
     def on_allocated(self, request: Request, blocks: KVCacheBlocks) -> None:
         """Makes the job of a request that just got its blocks."""
         plan = self._plans[request.request_id]
-        size = self._block_size
-        first = 0 if plan.keep_shallow else plan.pruned_tokens
-        slots = [
-            block_ids[position // size] * size + position % size
-            for block_ids in blocks.get_block_ids()
-            for position in range(first, plan.num_prompt_tokens - 1)
-        ]
+        first = 0 if plan.keep_shallow else plan.pruned_blocks
         assert request.prompt_token_ids is not None
         self._in_flight[request.request_id] = plan.num_prompt_tokens
         self._new_jobs.append(
             PrefillJob(
-                request.request_id,
-                plan.policy,
-                list(request.prompt_token_ids),
-                plan.pruned_tokens,
-                slots,
-                self._bands.count,
-                plan.keep_shallow,
+                request_id=request.request_id,
+                policy=plan.policy,
+                prompt_token_ids=_packed(request.prompt_token_ids),
+                pruned_blocks=plan.pruned_blocks,
+                block_size=plan.block_size,
+                block_ids=[ids[first:] for ids in blocks.get_block_ids()],
+                keep_shallow=plan.keep_shallow,
             )
         )
 
     def orders(self, num_scheduled_tokens: int) -> StepOrders:
         """This step's orders: passes get what is left, within ``pass_share``."""
-        if self._config.check_integrity:
+        if self._settings.config.check_integrity:
             self._idle_check.run()
         jobs, self._new_jobs = self._new_jobs, []
         drops, self._new_drops = self._new_drops, set()
@@ -168,11 +156,8 @@ class SchedulerSide:
                 if request_id in self._dropped:
                     continue
                 if plan := self._plans.get(request_id):
-                    self.tally.prefilled(
-                        report,
-                        self._freed_blocks(report),
-                        again=request_id in self._reports,
-                    )
+                    again = request_id in self._reports
+                    self.tally.prefilled(plan, report, again=again)
                     self._reports[request_id] = report
                     self._prune(request_id, plan, report.pruned_bands)
             self._progress = reports.progress
@@ -191,7 +176,7 @@ class SchedulerSide:
     def prunes(self, request_id: str) -> bool:
         """Whether a request is alive and pruned."""
         plan = self._plans.get(request_id)
-        return plan is not None and plan.pruned_tokens > 0
+        return plan is not None and plan.pruned_blocks > 0
 
     def on_taken_back(self, request_id: str) -> None:
         """A request lost its blocks: its job, if it has one, is to be dropped."""
@@ -211,34 +196,27 @@ class SchedulerSide:
         if plan is None:
             return None
         self.tally.ended(plan.policy, _outcome(request.status, plan))
-        if plan.pruned_tokens and report is None:
+        if plan.pruned_blocks and report is None:
             return None
-        freed_blocks = self._freed_blocks(report) if report else 0
-        return sequence_usage(
-            plan.policy, plan.budget, plan.num_prompt_tokens, report, freed_blocks
-        )
-
-    def _freed_blocks(self, report: PrefillReport) -> int:
-        """Blocks that a prompt does not hold for being pruned, of all bands."""
-        return report.pruned_tokens // self._block_size * report.pruned_bands
+        return sequence_usage(plan, report)
 
     def pruned_requests(self) -> list[dict[str, Any]]:
         """The pruned requests that are alive, in order of arrival."""
         return [
             self._state_of(request_id, plan)
             for request_id, plan in self._plans.items()
-            if plan.pruned_tokens
+            if plan.pruned_blocks
         ]
 
     def tokens_saved(self) -> int:
         """Tokens that requests would hold more if none were pruned; in all layers."""
         pruned = sum(
-            manager.pruned_tokens(request_id)
+            manager.pruned_blocks(request_id)
             for manager in self._managers
             for request_id in self._plans
             if manager.held_blocks(request_id)
         )
-        return pruned // self._bands.count
+        return pruned * self._settings.block_size // self._bands.count
 
     def _state_of(self, request_id: str, plan: PrunePlan) -> dict[str, Any]:
         report = self._reports.get(request_id)
@@ -268,9 +246,17 @@ class SchedulerSide:
         }
 
 
+def _packed(token_ids: Sequence[int]) -> array[int]:
+    """Token ids as they are sent to workers: to pickle a list takes longer.
+
+    By way of bytes, since an array reads a list number by number, in twice the time.
+    """
+    return array("i", pack(f"{len(token_ids)}i", *token_ids))
+
+
 def _outcome(status: RequestStatus, plan: PrunePlan) -> str:
     if status == RequestStatus.FINISHED_ABORTED:
         return "aborted"
     if status == RequestStatus.FINISHED_ERROR:
         return "failed"
-    return "pruned" if plan.pruned_tokens else "unpruned"
+    return "pruned" if plan.pruned_blocks else "unpruned"

@@ -17,7 +17,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from asl_vllm.engine import settings
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker.chunks import ChunkMetadata
 from asl_vllm.engine.worker.fused import FusedLayers
 from asl_vllm.engine.worker.ranks import Ranks, among_ranks
@@ -76,7 +76,7 @@ class VllmDecoder(Ranks):
             shape.device,
         )
         self._chunks = ChunkMetadata(
-            builder, scratch, settings.chunk_tokens(vllm_config)
+            builder, scratch, settings_of(vllm_config).chunk_tokens
         )
         self._fused = FusedLayers(self._layers)
 

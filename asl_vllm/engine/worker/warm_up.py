@@ -32,9 +32,9 @@ def warm_up(factory: PrefillFactory, policies: Iterable[str], bands: int) -> Non
             request_id="warm-up",
             policy=policy,
             prompt_token_ids=[0] * tokens,
-            pruned_tokens=tokens - kept,
-            slots=[PAD_SLOT_ID] * (kept - 1) * bands,
-            bands=bands,
+            pruned_blocks=tokens - kept,
+            block_size=1,
+            block_ids=[[PAD_SLOT_ID] * (kept - 1)] * bands,
         )
         try:
             prefill = factory(job)

@@ -16,10 +16,10 @@ from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
-from asl_vllm.engine import settings
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages
@@ -48,21 +48,22 @@ class PrefillWorkerMixin:
         # the user gave their size a backend may prefer another than the default: on
         # CPUs, or with FlashAttention 4 and heads of 256.
         current_platform.update_block_size_for_backend(self.vllm_config)
-        settings.check_budget(self.vllm_config)
+        settings_of(self.vllm_config).check_budget()
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
         self._check_scales()
         self._prefill_spec = self._one_spec()
-        capacity = settings.prefill_capacity(self.vllm_config)
-        config = settings.config_of(self.vllm_config)
+        settings = settings_of(self.vllm_config)
+        capacity, config = settings.prefill_capacity, settings.config
         model = self.model_runner.get_model()
         self._prefill_shape = shape_of(model, self.vllm_config, self.device)
+        assert self._prefill_shape.num_layers == settings.num_layers
         on_host = config.hidden_memory == "host"
         self._buffers = PrefillBuffers(
             self._prefill_shape,
             capacity,
             config.window,
-            host_chunk=settings.chunk_tokens(self.vllm_config) if on_host else None,
+            host_chunk=settings.chunk_tokens if on_host else None,
         )
         self._scratch = ScratchPages(self._prefill_spec, capacity, self.device)
         logger.info("asl_vllm: policy %s; %s", config.policy, self._memory_line())
@@ -95,7 +96,7 @@ class PrefillWorkerMixin:
             for layer in attention_layers(self.model_runner.get_model())
         ]
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        return in_bands(specs, settings.bands_of(self.vllm_config), names)
+        return in_bands(specs, settings_of(self.vllm_config).bands, names)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Makes the KV pool, then the queue of pruned prefills over it."""
@@ -112,12 +113,9 @@ class PrefillWorkerMixin:
             self._prefill_shape,
             self._scratch,
         )
-
+        settings = settings_of(self.vllm_config)
         self._factory = PrefillFactory(
-            decoder,
-            self._buffers,
-            settings.config_of(self.vllm_config),
-            settings.chunk_tokens(self.vllm_config),
+            decoder, self._buffers, settings.config, settings.chunk_tokens
         )
         connector = get_kv_transfer_group()
         assert isinstance(connector, AslConnector)
@@ -127,7 +125,7 @@ class PrefillWorkerMixin:
         """Has all that prefills compile compiled, before vLLM does so with its own."""
         # On a CPU there is nothing to compile.
         if self.device.type == "cuda":
-            bands = settings.bands_of(self.vllm_config).count
+            bands = settings_of(self.vllm_config).bands.count
             warm_up(self._factory, installed_policies(), bands)
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
