@@ -8,15 +8,18 @@ import inspect
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import KVTransferConfig, VllmConfig
 
 from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
 from asl_vllm.engine import compat
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES, UnsupportedError
 from asl_vllm.engine.frontend import launch
+from asl_vllm.engine.worker.worker import PrefillWorkerMixin
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.vllm_configs import (
     LLAMA_SIZES,
@@ -579,3 +582,28 @@ def test_every_refusal_of_the_code_is_tried_here() -> None:
         if not any(text.startswith(n) or n.startswith(text) for n in tried)
     }
     assert not untried
+
+
+@pytest.mark.parametrize("scales", [1, 2])
+def test_a_scale_of_each_head_is_refused(scales: int) -> None:
+    """Of FP8 queries. Which a model has is known once it is loaded."""
+    attention = SimpleNamespace(
+        query_quant=object(), _q_scale=torch.ones(scales), layer_name="layers.0"
+    )
+    layer = SimpleNamespace(self_attn=SimpleNamespace(attn=attention))
+    model = SimpleNamespace(model=SimpleNamespace(layers=[layer]))
+    worker: Any = PrefillWorkerMixin.__new__(PrefillWorkerMixin)
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    if scales == 1:
+        worker._check_scales()
+        return
+    with pytest.raises(UnsupportedError) as refused:
+        worker._check_scales()
+    assert_says(
+        str(refused.value),
+        "FP8 queries with one scale a layer",
+        "2 scales in layers.0",
+        "use a checkpoint with per-tensor scales",
+    )
+    attention.query_quant = None
+    worker._check_scales()

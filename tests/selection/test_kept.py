@@ -91,3 +91,17 @@ def test_bad_arguments() -> None:
         message = rf"count: got {count}; allowed: 9 to 18 tokens \(8 always stay\)"
         with pytest.raises(ValueError, match=message):
             best_and_tail(scores, count, tail=8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("many", [1, 30, 50])
+def test_scores_that_are_not_finite_still_give_tokens(bad: float, many: int) -> None:
+    """They are found out later; until then rows are read where these say."""
+    scores = torch.rand(3, 50)
+    scores[1, :many] = bad
+    for count in (1, 20, 50):
+        for _ in range(3):  # memory that was used before holds other numbers
+            torch.full((3, count + 1), 10**9, dtype=torch.int64)
+            found = top_tokens(scores, count)
+            assert found.shape == (3, count)
+            assert 0 <= found.min() <= found.max() < 50
