@@ -29,8 +29,9 @@ def test_our_metrics_have_the_names_and_labels_that_are_listed() -> None:
         SimpleNamespace(
             additional_config={},
             kv_transfer_config=None,
+            parallel_config=None,
             model_config=SimpleNamespace(
-                max_model_len=4096, get_total_num_hidden_layers=lambda: 32
+                max_model_len=4096, get_num_layers=lambda _: 32
             ),
         ),
         {cls: recorder(kind) for cls, kind in kinds.items()},
