@@ -161,8 +161,7 @@ def make_host(
         block_size=BLOCK,
         max_num_batched_tokens=step_tokens,
         max_num_seqs=8,
-        speculative_config=_ngram(drafts) if drafts else None,
-        **(engine or {}),
+        **{"speculative_config": _ngram(drafts) if drafts else None, **(engine or {})},
     )
     # As vLLM has it where it chooses such a scheduler itself.
     config.scheduler_config.async_scheduling = issubclass(

@@ -469,7 +469,7 @@ def test_a_request_of_the_largest_size_is_never_preempted(
     """
     host = make_host(scheduler_class=scheduler_class, drafts=drafts)
     config = host.scheduler.vllm_config
-    blocks = usable_blocks(config)
+    blocks = usable_blocks(settings_of(config))
     assert blocks is not None
     prompt = 5 * BLOCK
     request = host.add(
