@@ -19,7 +19,6 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli import serve
 from vllm.entrypoints.launchers.api_server import entry
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -28,6 +27,7 @@ from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.frontend import launch
 from asl_vllm.engine.frontend.launch import connector_config
 from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing.moved import make_arg_parser
 from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.scheduler_host import make_host
 from asl_vllm_testing.vllm_configs import engine_config

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from pydantic import Field
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from asl_vllm.engine import lines
@@ -91,3 +92,15 @@ def test_it_is_checked_where_a_policy_is_on() -> None:
     args = arguments(additional_config={"asl_vllm": {"policy": "asl"}}, **given)
     with pytest.raises(UnsupportedError, match="--enable-trace-replay True"):
         args.create_engine_config()
+
+
+def test_a_default_in_pydantics_record_of_a_field_is_one() -> None:
+    """Configurations of 0.33 have such; they are no option that was given."""
+
+    @dataclasses.dataclass
+    class Config:
+        rows: int = Field(default=7, ge=1)
+
+    assert list(options.given(Config(rows=7))) == []  # type: ignore[arg-type]
+    changed = Config(rows=8)
+    assert list(options.given(changed)) == [("rows", 8, 7)]  # type: ignore[arg-type]

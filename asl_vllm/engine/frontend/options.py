@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
+from pydantic.fields import FieldInfo
 from vllm.engine.arg_utils import EngineArgs
 
 from asl_vllm.engine import lines
@@ -74,4 +75,7 @@ def _fields(thing: Any) -> Iterator[tuple[str, Any, Any]]:
             default = field.default
         else:
             continue
+        # pydantic's own record of a field, in configurations of 0.33.
+        if isinstance(default, FieldInfo):
+            default = default.get_default(call_default_factory=True)
         yield field.name, getattr(thing, field.name), default
