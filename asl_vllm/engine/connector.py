@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from asl_vllm.engine.messages import StepOrders, StepReports
-from asl_vllm.engine.scheduler import state, taking_back
+from asl_vllm.engine.scheduler import state, taking_back, telling
 from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
 from asl_vllm.engine.scheduler.orders import SchedulerSide
 from asl_vllm.engine.worker.runner import WorkerSide
@@ -53,6 +53,7 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler_side = SchedulerSide(vllm_config)
             state.install()
             taking_back.install()
+            telling.install()
         else:
             self.worker_side = WorkerSide()
 

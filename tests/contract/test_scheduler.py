@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import RequestStatus
 
@@ -88,6 +90,49 @@ def test_once_loaded_the_last_prompt_token_is_an_ordinary_step(host: Host) -> No
         "skipped_token_layers": 2000,
     }
     assert host.free == start
+
+
+def test_the_first_token_comes_with_the_report(host: Host) -> None:
+    """A front end that ends the request afterwards is told nothing more."""
+    for name, budget in (("pruned", BUDGET), ("unpruned", PROMPT), ("plain", None)):
+        host.add(name, budget=budget)
+    told: dict[str, list[Any]] = {}
+    for done in (None, {"pruned"}, None, None, None):
+        host.step(done=done)
+        for output in host.outputs:
+            told.setdefault(output.request_id, []).append(output.kv_transfer_params)
+    assert told["plain"] == [None] * len(told["plain"])
+    for name, kept in (("pruned", KEPT), ("unpruned", PROMPT)):
+        first, *others = told[name]
+        assert (first["policy"], first["kept_tokens"]) == ("asl", kept)
+        assert others[0] is None
+
+
+def test_a_stop_string_is_no_client_that_went_away(host: Host) -> None:
+    """It ends a request by an abort of the front end's, after a token."""
+    host.scheduler.log_stats = False
+    host.add("stopped", stop=["9"])
+    host.add("gone")
+    host.step()
+    host.step(done={"stopped", "gone"})
+    host.step()
+    host.add("gone early", stop=["9"])
+    host.step()
+    for name in ("stopped", "gone", "gone early"):
+        host.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    ended = host.connector.scheduler_side.tally.take().data["ended"]
+    assert ended == {"asl": {"pruned": 1, "aborted": 2}}
+
+
+def test_a_pruned_prompt_is_scheduled_when_its_prefill_is_ordered(host: Host) -> None:
+    """vLLM's queue ends, and its prefill begins, with the first such event."""
+    request = host.add("a")
+    before = time.monotonic()
+    host.step()
+    after = time.monotonic()
+    kinds = [event.type for event in request.events]
+    assert kinds == [EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED]
+    assert before <= request.events[1].timestamp <= after
 
 
 def test_a_failed_load_fails_its_request(host: Host) -> None:
@@ -221,22 +266,14 @@ def test_bands_alone_hold_what_one_block_table_holds() -> None:
     assert host.held("a") == [FULL - FREED] * 5
 
 
-SPECULATION = {
-    "method": "ngram",
-    "num_speculative_tokens": 2,
-    "prompt_lookup_max": 3,
-}
-
-
-@pytest.mark.parametrize("speculation", [None, SPECULATION], ids=["plain", "ngram"])
+@pytest.mark.parametrize("drafts", [0, 2])
 @pytest.mark.parametrize("bands", [1, 5])
 def test_the_pool_that_the_api_names_is_the_one_that_admission_enforces(
-    bands: int, speculation: dict[str, Any] | None
+    bands: int, drafts: int
 ) -> None:
-    engine = {"speculative_config": speculation}
-    host = make_host(bands=bands, engine=engine)
+    host = make_host(bands=bands, drafts=drafts)
     blocks = usable_blocks(settings_of(host.scheduler.vllm_config))
-    assert blocks == (POOL - 1) // bands - bool(speculation)
+    assert blocks == (POOL - 1) // bands - bool(drafts)
     assert state_of(host)["pool_tokens"] == blocks * BLOCK
 
 

@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from asl_vllm.config import AslConfig
 from asl_vllm.engine.frontend import (
     apis,
+    endings,
     options,
     repeated_ids,
     request,
@@ -142,6 +143,7 @@ def install() -> None:
                 compat.check(vllm_config, config)
                 _take_worker(vllm_config)
                 run_batch.install()
+                endings.install()
             request.serve(vllm_config)
             return vllm_config
 

@@ -5,8 +5,8 @@ that the request starts adds its part when it ends, and the usage objects that v
 makes after the last one carry the whole, in bodies and in streams alike.
 
 Touch points: wraps ``OutputProcessor.add_request``, where a sequence is first seen in
-its HTTP request's context; ``RequestState.make_request_output``, which its result
-passes; ``UsageInfo``, ``ResponseUsage`` and ``AnthropicUsage``.
+its HTTP request's context; ``UsageInfo``, ``ResponseUsage`` and ``AnthropicUsage``. Its
+result comes from `endings`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
-from vllm.v1.engine import FinishReason
 
+from asl_vllm.engine.frontend import endings
 from asl_vllm.engine.patching import change, together, wrap_method
 from asl_vllm.engine.result import untouched_usage
 
@@ -29,8 +29,6 @@ USAGE_FIELD = "kv_cache"
 
 _TOTALS = ("kept_tokens", "pruned_tokens", "freed_blocks", "skipped_token_layers")
 _COMMON = ("policy", "budget", "selection_layer")
-_SLOT = "asl_vllm_usage"
-_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)
 
 
 class SequenceUsage:
@@ -126,7 +124,7 @@ def install() -> None:
     from vllm.entrypoints.anthropic.protocol import AnthropicUsage
     from vllm.entrypoints.openai.responses.protocol import ResponseUsage
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     wrap_method(
         OutputProcessor,
@@ -134,15 +132,7 @@ def install() -> None:
         ("self", "request", "prompt", "parent_req", "request_index"),
         _wrap_add,
     )
-    wrap_method(
-        RequestState,
-        "make_request_output",
-        (
-            *("self", "new_token_ids", "pooling_output", "finish_reason"),
-            *("stop_reason", "kv_transfer_params"),
-        ),
-        _wrap_output,
-    )
+    endings.install()
     change(partial(_allow_field, AnthropicUsage))
     for model in (UsageInfo, ResponseUsage, AnthropicUsage):
         wrap_method(model, "__init__", ("self", "data"), _wrap_usage)
@@ -176,37 +166,9 @@ def _wrap_add(original: Any) -> Any:
             slot = usage.sequence(
                 request.external_req_id, request_index, state.prompt_len
             )
-            setattr(state, _SLOT, slot)
+            setattr(state, endings.USAGE_SLOT, slot)
 
     return add_request
-
-
-def _wrap_output(original: Any) -> Any:
-    def make_request_output(
-        self: Any,
-        new_token_ids: Any,
-        pooling_output: Any,
-        finish_reason: Any,
-        stop_reason: Any,
-        kv_transfer_params: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        slot = getattr(self, _SLOT, None)
-        if slot is not None and finish_reason in _COMPLETE:
-            slot.end(kv_transfer_params)
-        return original(
-            self,
-            new_token_ids,
-            pooling_output,
-            finish_reason,
-            stop_reason,
-            kv_transfer_params,
-            *args,
-            **kwargs,
-        )
-
-    return make_request_output
 
 
 def _wrap_usage(original: Any) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import RequestStatus
 
 from asl_vllm.engine.messages import StepOrders, StepReports
@@ -22,6 +23,7 @@ from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -50,12 +52,14 @@ class SchedulerSide:
         self._dropped: set[str] = set()
         self._new_drops: set[str] = set()
         self._new_jobs: list[PrefillJob] = []
+        self._untold: set[str] = set()
         self._turned_away = False
         self.paused = False
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Finds the block managers whose requests can be pruned, one a band."""
         self._idle_check = IdleCheck(kv_cache_manager)
+        self._log_stats = kv_cache_manager.log_stats
         self._managers = kv_cache_manager.coordinator.single_type_managers
         assert all(isinstance(m, PrunedBlocksManager) for m in self._managers)
         found = [manager.kv_cache_spec.band for manager in self._managers]
@@ -80,6 +84,7 @@ class SchedulerSide:
         if plan is None:
             return
         self._plans[request.request_id] = plan
+        self._untold.add(request.request_id)
         if plan.pruned_blocks:
             bands = 0 if plan.keep_shallow else self._bands.count
             self._prune(request.request_id, plan, bands)
@@ -118,6 +123,9 @@ class SchedulerSide:
         """Makes the job of a request that just got its blocks."""
         plan = self._plans[request.request_id]
         first = 0 if plan.keep_shallow else plan.pruned_blocks
+        if self._log_stats:
+            # vLLM notes it when a request first runs, which is after its prefill.
+            request.record_event(EngineCoreEventType.SCHEDULED)
         assert request.prompt_token_ids is not None
         self._in_flight[request.request_id] = plan.num_prompt_tokens
         self._new_jobs.append(
@@ -159,6 +167,7 @@ class SchedulerSide:
                     again = request_id in self._reports
                     self.tally.prefilled(plan, report, again=again)
                     self._reports[request_id] = report
+                    self._untold.add(request_id)
                     self._prune(request_id, plan, report.pruned_bands)
             self._progress = reports.progress
         for request_id in output.finished_recving or ():
@@ -190,15 +199,33 @@ class SchedulerSide:
         self._idle_check.end(request.request_id)
         plan = self._plans.pop(request.request_id, None)
         report = self._reports.pop(request.request_id, None)
+        self._untold.discard(request.request_id)
         self.on_taken_back(request.request_id)
         for manager in self._managers:
             manager.forget(request.request_id)
         if plan is None:
             return None
-        self.tally.ended(plan.policy, _outcome(request.status, plan))
+        self.tally.ended(plan.policy, _outcome(request, plan))
         if plan.pruned_blocks and report is None:
             return None
         return sequence_usage(plan, report)
+
+    def tell(self, outputs: Iterable[EngineCoreOutput]) -> None:
+        """Has the first output after a prefill say what came of it.
+
+        A front end may end a request by itself, at a stop string, and is not told
+        more then.
+        """
+        if not self._untold:
+            return
+        for output in outputs:
+            request_id = output.request_id
+            if request_id not in self._untold or not output.new_token_ids:
+                continue
+            plan, report = self._plans[request_id], self._reports.get(request_id)
+            if report is not None or not plan.pruned_blocks:
+                output.kv_transfer_params = sequence_usage(plan, report)
+                self._untold.discard(request_id)
 
     def pruned_requests(self) -> list[dict[str, Any]]:
         """The pruned requests that are alive, in order of arrival."""
@@ -254,9 +281,13 @@ def _packed(token_ids: Sequence[int]) -> array[int]:
     return array("i", pack(f"{len(token_ids)}i", *token_ids))
 
 
-def _outcome(status: RequestStatus, plan: PrunePlan) -> str:
-    if status == RequestStatus.FINISHED_ABORTED:
-        return "aborted"
-    if status == RequestStatus.FINISHED_ERROR:
+def _outcome(request: Request, plan: PrunePlan) -> str:
+    if request.status == RequestStatus.FINISHED_ERROR:
         return "failed"
+    if request.status == RequestStatus.FINISHED_ABORTED:
+        # At a stop string a front end aborts too, once there is a token.
+        params = request.sampling_params
+        stopped = params is not None and params.stop and request.num_output_tokens
+        if not stopped:
+            return "aborted"
     return "pruned" if plan.pruned_blocks else "unpruned"
