@@ -34,5 +34,4 @@ def install() -> None:
 
         return run_request
 
-    parameters = ("serving_engine_func", "request", "tracker")
-    wrap_method(runner, _RUN, parameters, wrap)
+    wrap_method(runner, _RUN, ("serving_engine_func", "request"), wrap)
