@@ -1,4 +1,4 @@
-"""A prefill over a cached prefix: what it keeps and writes is what it does from scratch.
+"""A prefill over a cached prefix keeps and writes what one from scratch does.
 
 The donor of the prefix is another prompt, with another question, unpruned. The toy's
 rounding does not depend on how a prompt is cut up, so all must be equal to the bit.
@@ -115,7 +115,7 @@ def test_hidden_states_in_host_memory() -> None:
 
 
 def test_only_what_the_prefix_lacks_is_computed() -> None:
-    """Behind the hit everything, of the hit what was selected and that layer by layer."""
+    """Behind the hit everything; of the hit what was selected, layer by layer."""
     n, hit, layer, kept = 44, 30, 2, 16
     done = _over_prefix(_work(WAYS[1], n), hit, **_settings(WAYS[1]))
     deeper = done.policy.decisions[layer].deeper
