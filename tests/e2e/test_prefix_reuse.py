@@ -61,7 +61,7 @@ def test_equal_to_scratch(
     donor, _ = ask(host, DOCUMENT + OTHER)
     again, cached = ask(host, DOCUMENT + QUESTION, **pruned)
     assert cached == HIT
-    assert again == scratch
+    assert _close(again, scratch)
     assert ask(host, DOCUMENT + QUESTION, reuse="none", **pruned) == (scratch, 0)
     first, second, third = decisions.of_prompt
     assert len(first) == len(second) == len(third) > 0
@@ -72,6 +72,11 @@ def test_equal_to_scratch(
     same, cached = ask(host, DOCUMENT + OTHER)
     assert cached >= HIT
     assert same[0] == donor[0]
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Equal tokens; products of other numbers of rows may round otherwise."""
+    return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-5)
 
 
 def _same(one: Tensor | Keep, other: Tensor | Keep) -> bool:
@@ -97,7 +102,8 @@ def test_a_salt_shares_with_its_own_alone(host: Engine) -> None:
         answer, cached = ask(host, prompt, budget=BUDGET, salt=salt)
         assert cached == hit, salt
         answers[salt] = answer
-    assert answers[None] == answers["b"] == answers["a"]
+    assert answers[None] == answers["b"]
+    assert _close(answers["a"], answers[None])
 
 
 def test_a_pruned_prompt_leaves_nothing_behind(host: Engine) -> None:
