@@ -41,6 +41,9 @@ SHALLOW_MODES: tuple[str, ...] = ("snapkv", "full")
 HIDDEN_MEMORY: tuple[str, ...] = ("device", "host")
 """Where the hidden states of a prompt may live while it is prefilled."""
 
+REUSE_MODES: tuple[str, ...] = ("read", "none")
+"""Values of ``kv_reuse``: what a pruned prompt takes from the prefix cache."""
+
 CONFIG_KEY = "asl_vllm"
 """Key of vLLM's ``additional_config`` under which the config travels."""
 
@@ -113,6 +116,9 @@ class AslConfig:
     """Where a prompt's hidden states live between layers, one of `HIDDEN_MEMORY`:
     ``host`` takes pinned host memory in place of device memory, for two copies of
     each row a layer."""
+    reuse: str = "read"
+    """Default ``kv_reuse`` of requests that name none, one of `REUSE_MODES`: ``read``
+    takes a prompt's prefix from vLLM's prefix cache where it is there."""
     chunk_tokens: int | None = None
     """Tokens a prefill pass sends through one layer at once; None:
     ``max_num_batched_tokens``, or less where ``pass_share`` asks for it."""
@@ -153,6 +159,10 @@ class AslConfig:
         if not isinstance(self.check_integrity, bool):
             raise ConfigError(
                 f"check_integrity: got {self.check_integrity!r}; allowed: true, false."
+            )
+        if self.reuse not in REUSE_MODES:
+            raise ConfigError(
+                f"reuse: got {self.reuse!r}; allowed: {', '.join(REUSE_MODES)}."
             )
         if self.hidden_memory not in HIDDEN_MEMORY:
             raise ConfigError(

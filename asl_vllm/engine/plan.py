@@ -30,6 +30,8 @@ class PrunePlan(PrunedPrompt):
     block_size: int
     keep_shallow: bool = False
     """Layers up to the selection layer keep every token."""
+    reuse: str = "none"
+    """What it takes from the prefix cache, one of `asl_vllm.config.REUSE_MODES`."""
 
     def freed_blocks(self, pruned_bands: int) -> int:
         """Blocks that the prompt does not hold where so many bands are pruned."""

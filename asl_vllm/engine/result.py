@@ -18,6 +18,9 @@ def untouched_usage(num_prompt_tokens: int) -> dict[str, Any]:
         "pruned_tokens": 0,
         "freed_blocks": 0,
         "skipped_token_layers": 0,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
 
 
@@ -33,4 +36,7 @@ def sequence_usage(plan: PrunePlan, report: PrefillReport | None) -> dict[str, A
         "pruned_tokens": held.pruned_tokens,
         "freed_blocks": plan.freed_blocks(pruned_bands),
         "skipped_token_layers": report.skipped_token_layers if report else 0,
+        "reused_tokens": report.reused_tokens if report else 0,
+        "reused_token_layers": report.reused_token_layers if report else 0,
+        "rerun_token_layers": report.rerun_token_layers if report else 0,
     }

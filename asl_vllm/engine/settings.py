@@ -91,6 +91,15 @@ class Settings:
         """
         return self.config.chunk_tokens or min(self.step_tokens, self.pass_token_layers)
 
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether pruned prompts can take a prefix from the prefix cache.
+
+        Not of a quantised cache: scores are made of keys before they are quantised.
+        """
+        cache = self.vllm_config.cache_config
+        return bool(cache.enable_prefix_caching) and cache.cache_dtype == "auto"
+
     def usable_blocks(self, pool_blocks: int) -> int:
         """Blocks a band that requests can hold of one engine's pool of so many blocks.
 

@@ -21,6 +21,9 @@ class PrefillJob(PrunedPrompt):
 
     ``keep_shallow``: the layers of the selection layer's band and of all bands before
     it keep every token, and only deeper ones the kept tokens.
+
+    ``reused_block_ids`` are whole blocks that hold the prompt's leading tokens already,
+    a row for each band; they are only read. At least the window lies behind them.
     """
 
     request_id: str
@@ -31,6 +34,7 @@ class PrefillJob(PrunedPrompt):
     block_size: int
     block_ids: Sequence[Sequence[int]]
     keep_shallow: bool = False
+    reused_block_ids: Sequence[Sequence[int]] = ()
 
     @property
     def num_prompt_tokens(self) -> int:  # type: ignore[override]
@@ -41,6 +45,12 @@ class PrefillJob(PrunedPrompt):
     def bands(self) -> int:
         """Bands of layers, each with blocks of its own."""
         return len(self.block_ids)
+
+    @property
+    def reused_tokens(self) -> int:
+        """Leading tokens that are not computed but read, h."""
+        rows = self.reused_block_ids
+        return len(rows[0]) * self.block_size if rows else 0
 
     def slots(self) -> torch.Tensor:
         """Slot ids int64 [bands, n], on the CPU: of positions with a block, less one.
@@ -74,6 +84,10 @@ class PrefillReport:
     ``skipped`` counts those that an unpruned prefill would have computed in addition,
     0 where a policy that restarts computed more. ``pruned_bands`` are the deepest
     bands, those whose layers lack the pruned blocks; 0: none does.
+
+    ``reused`` are token-layers read instead of computed, and ``rerun`` those of them
+    that were computed after all, for the hidden states of selected tokens; these are
+    ``computed`` too. So computed + skipped + reused - rerun are a full prefill's.
     """
 
     selection_layer: int | None
@@ -81,3 +95,6 @@ class PrefillReport:
     skipped_token_layers: int
     seconds: float
     pruned_bands: int = 1
+    reused_tokens: int = 0
+    reused_token_layers: int = 0
+    rerun_token_layers: int = 0

@@ -50,6 +50,37 @@ class DecoderModel(Protocol):
         """
         ...
 
+    def load_prefix(
+        self,
+        layer: int,
+        block_ids: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Makes what blocks of the KV pool hold the first rows of a layer.
+
+        ``block_ids`` int64: whole blocks, in order. ``keys`` [n, Hkv, D] and ``values``
+        [n, Hkv, Dv] receive their n rows, and attention of rows that `run_layer` sends
+        from row n on sees them as rows run before.
+        """
+        ...
+
+    def run_at(
+        self,
+        layer: int,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Sends tokens of a sequence through one layer whose keys and values are known.
+
+        ``positions`` [n] ascend and may have gaps; row p of ``keys`` and ``values`` is
+        that of position p. A token attends to those up to its own position, itself
+        included. ``hidden`` [n, E] is replaced in place. Leaves no keys anywhere.
+        """
+        ...
+
     def write_kept(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:

@@ -18,6 +18,7 @@ from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
 from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.prefix import CachedPrefix, Rerun
 from asl_vllm.prefill.tap import LayerTap
 from asl_vllm.selection.deciding import FiniteCheck, decide
 from asl_vllm.selection.errors import SelectionError
@@ -55,6 +56,8 @@ class Prefill:
                 f"prompt of {job.num_prompt_tokens} tokens exceeds the prefill "
                 f"buffers ({buffers.capacity} tokens); raise max_prefill_tokens."
             )
+        rows = job.num_prompt_tokens
+        assert job.reused_tokens <= max(0, rows - policy.tail), "no window is computed"
         self.job = job
         self._model = model
         self._policy = policy
@@ -69,8 +72,12 @@ class Prefill:
         self._bands = Bands(model.shape.num_layers, job.bands)
         self._pruned_bands = 0 if job.keep_shallow else job.bands
         self._deeper: torch.Tensor | None = None
+        self._prefix = CachedPrefix(job, model, self._bands)
+        self._rerun: Rerun | None = None
         self._finite = FiniteCheck()
         self.computed_token_layers = 0
+        self._reused_token_layers = 0
+        self._rerun_token_layers = 0
         self._started = time.perf_counter()
         device = model.shape.device
         # By way of numpy, which reads an array's memory instead of its numbers.
@@ -97,7 +104,10 @@ class Prefill:
     @property
     def next_cost(self) -> int:
         """Token-layers of the pass that runs next."""
-        return min(self._chunk_tokens, self._num_rows - self._row)
+        if self._rerun is not None:
+            return self._rerun.next_rows(self._chunk_tokens)
+        row = max(self._row, self._prefix.rows)
+        return min(self._chunk_tokens, self._num_rows - row)
 
     def advance(self, token_layers: int) -> int:
         """Runs whole passes while they fit ``token_layers``; returns the cost.
@@ -117,19 +127,28 @@ class Prefill:
     def report(self) -> PrefillReport:
         """The outcome, once `done`."""
         full = self.job.num_prompt_tokens * self._model.shape.num_layers
+        saved = self._reused_token_layers - self._rerun_token_layers
         return PrefillReport(
             selection_layer=self._selection_layer,
             computed_token_layers=self.computed_token_layers,
-            skipped_token_layers=max(0, full - self.computed_token_layers),
+            skipped_token_layers=max(0, full - saved - self.computed_token_layers),
             seconds=time.perf_counter() - self._started,
             pruned_bands=self._pruned_bands,
+            reused_tokens=self.job.reused_tokens,
+            reused_token_layers=self._reused_token_layers,
+            rerun_token_layers=self._rerun_token_layers,
         )
 
     def _run_pass(self) -> None:
+        if self._rerun is not None:
+            self._run_again(self._rerun)
+            return
         if self._layer == 0 and self._row == 0:
             self._embed()
+        if self._row == 0 and self._prefix.rows:
+            self._load_prefix()
         start = self._row
-        if start == 0:
+        if start == self._prefix.rows:
             last = self._layer == self._model.shape.num_layers - 1
             self._tap.start_layer(self._num_rows, keys_only=last)
         end = min(start + self._chunk_tokens, self._num_rows)
@@ -145,9 +164,23 @@ class Prefill:
         if end == self._num_rows:
             self._finish_layer()
 
+    def _run_again(self, rerun: Rerun) -> None:
+        rows = rerun.next_rows(self._chunk_tokens)
+        self.computed_token_layers += rows
+        self._rerun_token_layers += rows
+        rerun.run_pass(self._model, self._buffers, self._chunk_tokens)
+        if rerun.done:
+            self._rerun = None
+
+    def _load_prefix(self) -> None:
+        self._prefix.load(self._layer, self._buffers)
+        self._reused_token_layers += self._prefix.rows
+        self._row = self._prefix.rows
+
     def _embed(self) -> None:
-        for start in range(0, self._num_rows, self._chunk_tokens):
-            ids = self._token_ids[start : start + self._chunk_tokens]
+        for start in range(self._prefix.rows, self._num_rows, self._chunk_tokens):
+            end = min(start + self._chunk_tokens, self._num_rows)
+            ids = self._token_ids[start:end]
             self._buffers.hidden.store(start, self._model.embed(ids))
 
     def _finish_layer(self) -> None:
@@ -244,7 +277,10 @@ class Prefill:
         """Leaves only the selected tokens, at their positions, if any were selected."""
         if self._deeper is None:
             return
+        # Rows of a cached prefix are of no meaning yet: `Rerun` fills those selected.
         self._buffers.hidden.keep(self._deeper, self._num_rows)
+        if self._prefix.rows:
+            self._leave_prefix(self._deeper, layer)
         self._positions = self._positions[self._deeper]
         self._num_rows = len(self._deeper)
         self._deeper = None
@@ -252,8 +288,20 @@ class Prefill:
             # 0 after the last band: then no layer follows.
             self._pruned_bands = self._bands.below(layer)
 
+    def _leave_prefix(self, deeper: torch.Tensor, layer: int) -> None:
+        """What goes deeper is computed, be it of the prefix; behind all layers nothing.
+
+        Synchronises with the host.
+        """
+        cached = deeper[deeper < self._prefix.rows]
+        if len(cached) and not self.done:
+            self._rerun = Rerun(self._prefix, cached, self._token_ids, layer)
+        else:
+            self._prefix.rows = 0
+
     def _restart(self, tokens: torch.Tensor) -> None:
         """Starts over with these tokens as a prompt that ends where this one does."""
+        self._prefix.rows = 0
         self._token_ids = self._token_ids[tokens]
         self._num_rows = len(tokens)
         self._positions = torch.arange(

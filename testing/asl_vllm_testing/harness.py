@@ -61,18 +61,23 @@ class Engine:
         *,
         budget: Any = None,
         policy: Any = None,
+        reuse: Any = None,
+        salt: str | None = None,
         max_tokens: int = 8,
         **sampling: Any,
     ) -> list[Any]:
         """Greedy unless told; one budget and one policy for all prompts."""
-        asked = {"kv_budget": budget, "kv_policy": policy}
+        asked = {"kv_budget": budget, "kv_policy": policy, "kv_reuse": reuse}
         given = {name: value for name, value in asked.items() if value is not None}
         extra = {"extra_args": given} if given else {}
+        salted = {} if salt is None else {"cache_salt": salt}
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, **extra, **sampling
         )
         return self.llm.generate(
-            [{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": list(p), **salted} for p in prompts],
+            params,
+            use_tqdm=False,
         )
 
 

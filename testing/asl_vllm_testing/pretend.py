@@ -72,7 +72,13 @@ class PretendPrefill:
         self._script = script
         self._slots = slots
         self._target = job.slots()[0].numpy()
-        self._whole = LAYERS * job.num_prompt_tokens
+        self._whole = LAYERS * (job.num_prompt_tokens - job.reused_tokens)
+        (reused,) = job.reused_block_ids or ([],)
+        size = job.block_size
+        self._read = np.array(reused, dtype=np.int64)[:, None] * size + np.arange(size)
+        # What anybody who is not pruned writes there for these tokens.
+        unpruned = Script("", script.prompt[: job.reused_tokens], 0)
+        self._prefix = unpruned.expected(0, job.reused_tokens)
 
     @property
     def done(self) -> bool:
@@ -87,6 +93,8 @@ class PretendPrefill:
         return 1
 
     def advance(self, token_layers: int) -> int:
+        read = self._slots[self._read.flatten()]
+        assert (read == self._prefix).all(), f"{self.job.request_id}: a pin changed"
         spent = max(1, min(token_layers, self._whole - self.computed_token_layers))
         self.computed_token_layers += spent
         if self._script.fails and 2 * self.computed_token_layers >= self._whole:
@@ -99,7 +107,8 @@ class PretendPrefill:
         return spent
 
     def report(self) -> PrefillReport:
-        return PrefillReport(1, self._whole, self._whole, 0.0)
+        reused = self.job.reused_tokens
+        return PrefillReport(1, self._whole, self._whole, 0.0, reused_tokens=reused)
 
 
 class PretendWorker:

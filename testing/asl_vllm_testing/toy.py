@@ -66,6 +66,8 @@ class ToyDecoder:
     """What was brought to each exchange."""
     other_rank: list[bytes] | None = None
     """What another rank brings to each; None: there is none."""
+    pool: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values of each layer that `load_prefix` reads; a block is a row."""
     poison: set[int] = field(default_factory=set)
     """Layers of which the tap is shown one chunk of NaN keys, once."""
 
@@ -107,7 +109,8 @@ class ToyDecoder:
             before = history[layer] if start else rows[:0]
             assert len(before) == start
             history[layer] = torch.cat([before, rows])
-        heads = self._attend(layer, q, start)
+        rows = start + torch.arange(len(q))
+        heads = self._attend(layer, q, rows, self.keys[layer], self.values[layer])
         hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
 
         def padded(rows: Tensor) -> Tensor:
@@ -127,19 +130,49 @@ class ToyDecoder:
     def _project(self, weights: Tensor, hidden: Tensor, heads: int) -> Tensor:
         return (hidden[:, None] * weights).sum(-1).unflatten(-1, (heads, -1))
 
-    def _attend(self, layer: int, q: Tensor, start: int) -> Tensor:
-        def all_rows(history: dict[int, Tensor]) -> Tensor:
-            rows = history[layer]
+    def _attend(
+        self, layer: int, q: Tensor, last: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Each query sees the rows up to its ``last``."""
+
+        def all_rows(rows: Tensor) -> Tensor:
             group = self.shape.num_heads // rows.shape[1]
             full = rows.new_zeros(CAPACITY, *rows.shape[1:])
             full[: len(rows)] = rows
             return full.repeat_interleave(group, dim=1).transpose(0, 1)
 
-        logits = (q[:, :, None] * all_rows(self.keys)).sum(-1)
+        logits = (q[:, :, None] * all_rows(keys)).sum(-1)
         logits *= self.attention_scale(layer)
-        causal = torch.arange(CAPACITY) <= start + torch.arange(len(q))[:, None]
+        causal = torch.arange(CAPACITY) <= last[:, None]
         weights = logits.masked_fill(~causal[:, None], float("-inf")).softmax(-1)
-        return (weights[..., None] * all_rows(self.values)).sum(2)
+        return (weights[..., None] * all_rows(values)).sum(2)
+
+    def load_prefix(
+        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        pool_keys, pool_values = self.pool[layer]
+        keys.copy_(pool_keys[block_ids])
+        values.copy_(pool_values[block_ids])
+        self.keys[layer], self.values[layer] = keys.clone(), values.clone()
+        self.queries[layer] = keys.new_zeros(len(keys), *self._query_dims)
+
+    @property
+    def _query_dims(self) -> tuple[int, int]:
+        return self.shape.num_heads, self.shape.head_dim
+
+    def run_at(
+        self,
+        layer: int,
+        positions: Tensor,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        assert bool((positions[1:] > positions[:-1]).all())
+        turn = 1 + 0.01 * positions[:, None, None]
+        q = turn * self._project(self.w_q[layer], hidden, self.shape.num_heads)
+        heads = self._attend(layer, q, positions, keys, values)
+        hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
 
     def write_kept(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor

@@ -88,6 +88,9 @@ def test_once_loaded_the_last_prompt_token_is_an_ordinary_step(host: Host) -> No
         "pruned_tokens": PROMPT - KEPT,
         "freed_blocks": (PROMPT - KEPT) // BLOCK,
         "skipped_token_layers": 2000,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
     assert host.free == start
 
@@ -407,6 +410,9 @@ def test_what_happened_is_counted(host: Host) -> None:
         "freed_blocks": (PROMPT - KEPT) // BLOCK,
         "computed": 1000,
         "skipped": 2000,
+        "reused": 0,
+        "rerun": 0,
+        "reused_tokens": 0,
     }
     assert set(total.data["ended"]["asl"]) == set(OUTCOMES)
 
@@ -442,6 +448,7 @@ def test_an_engines_state(host: Host) -> None:
         "blocks_total": POOL - 1,
         "blocks_used": 0,
         "blocks_free": POOL - 1,
+        "blocks_pinned": 0,
         "tokens_saved": 0,
         "usage": 0.0,
     }

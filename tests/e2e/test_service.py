@@ -34,6 +34,9 @@ REPORT = {
     "pruned_tokens": 480,
     "freed_blocks": 15,
     "skipped_token_layers": 480 * 5,
+    "reused_tokens": 0,
+    "reused_token_layers": 0,
+    "rerun_token_layers": 0,
 }
 UNPRUNED = {
     "policy": "none",
@@ -43,6 +46,9 @@ UNPRUNED = {
     "pruned_tokens": 0,
     "freed_blocks": 0,
     "skipped_token_layers": 0,
+    "reused_tokens": 0,
+    "reused_token_layers": 0,
+    "rerun_token_layers": 0,
 }
 HEADERS = {
     "x-kv-policy": "policy",
@@ -162,6 +168,9 @@ def test_several_prompts_and_choices(pruning: Server, stream: bool) -> None:
         "pruned_tokens": 192,
         "freed_blocks": 6,
         "skipped_token_layers": 192 * 5,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
     sequences = [short, short, REPORT, REPORT, other, other]
     assert whole.pop("sequences") == sequences
@@ -348,6 +357,9 @@ def test_stats_follow_requests_through_the_layers(pruning: Server) -> None:
         "requests": 3,
         "pruned_tokens": sum(r["pruned_tokens"] for r in reports),
         "skipped_token_layers": skipped,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
         "computed_token_layers": 3 * 3000 * LAYERS - skipped,
     }
 

@@ -129,6 +129,9 @@ def result(**report: Any) -> dict[str, Any]:
         "pruned_tokens": 288,
         "freed_blocks": 9,
         "skipped_token_layers": 2016,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
         **report,
     }
 

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES, AslConfig
+from asl_vllm.config import POLICY_NAMES, REUSE_MODES, SHALLOW_MODES, AslConfig
 from asl_vllm.engine.frontend import request
 from asl_vllm.engine.frontend.admission import read
 from asl_vllm.engine.frontend.fields import FIELDS, given_fields
@@ -23,11 +23,13 @@ GOOD: dict[str, list[Any]] = {
     "kv_budget": [48, 0.5, 1.0],
     "kv_policy": list(POLICY_NAMES),
     "kv_shallow": list(SHALLOW_MODES),
+    "kv_reuse": list(REUSE_MODES),
 }
 BAD: dict[str, list[Any]] = {
     "kv_budget": [0, 47, -1, 1.5, True, "64", [64], {}, float("nan")],
     "kv_policy": ["", "h2o", "ASL", " asl", "base", 0, 1, True, 0.5, ["asl"], {}],
     "kv_shallow": ["", "FULL", "asl", 0, 1, True, ["full"], {}],
+    "kv_reuse": ["", "READ", "fill", 0, 1, True, ["read"], {}],
 }
 ASKED = [(name, value) for name, values in BAD.items() for value in values]
 

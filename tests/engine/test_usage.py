@@ -27,6 +27,9 @@ def result(layer: int | None = 3, kept: int = 100, pruned: int = 64) -> dict[str
         "pruned_tokens": pruned,
         "freed_blocks": pruned // 32,
         "skipped_token_layers": pruned * 2,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
 
 
@@ -50,6 +53,9 @@ def test_without_a_budget_the_whole_prompt_is_kept() -> None:
         "pruned_tokens": 0,
         "freed_blocks": 0,
         "skipped_token_layers": 0,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
 
 
@@ -78,6 +84,9 @@ def test_several_are_summed_and_listed_in_the_order_of_choices() -> None:
         "pruned_tokens": 320,
         "freed_blocks": 10,
         "skipped_token_layers": 640,
+        "reused_tokens": 0,
+        "reused_token_layers": 0,
+        "rerun_token_layers": 0,
     }
 
 

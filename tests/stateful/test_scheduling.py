@@ -81,6 +81,7 @@ class Machine(RuleBasedStateMachine):
         self.ended: dict[str, str] = {}
         self.aborted: set[str] = set()
         self.preemptions = 0
+        self.reused = 0
 
     # What can happen.
 
@@ -301,6 +302,7 @@ class Machine(RuleBasedStateMachine):
         if pruned and self.ended[part.request_id] == "length":
             assert report["pruned_tokens"] == pruned
             assert report["freed_blocks"] == pruned // BLOCK
+            self.reused += report["reused_tokens"] > 0
 
     def teardown(self) -> None:
         for _ in range(STEPS_TO_END):
@@ -322,10 +324,13 @@ class Machine(RuleBasedStateMachine):
                 assert self.ended[name] == "length"
                 assert self.answers[name] == script.answer
         SEEN.append(self.preemptions)
+        REUSED.append(self.reused)
 
 
 SEEN: list[int] = []
 """Preemptions of one request, at most, by example; the test below wants some."""
+REUSED: list[int] = []
+"""Requests that read a prefix, by example; the test below wants some."""
 
 
 class AsyncMachine(Machine):
@@ -340,7 +345,9 @@ def test_nothing_is_lost_shared_or_stuck(
     machine: type[Machine], caplog: pytest.LogCaptureFixture
 ) -> None:
     SEEN.clear()
+    REUSED.clear()
     # Thousands of injected errors, each with a traceback.
     caplog.set_level(logging.CRITICAL, logger="asl_vllm.prefill.queue")
     run_state_machine_as_test(machine, settings=settings())
     assert any(SEEN), "the pool was never full"
+    assert any(REUSED), "no prompt found a prefix"

@@ -8,6 +8,7 @@ is admitted carries its plan to the engine core. Whatever cannot run is refused 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -19,6 +20,7 @@ from asl_vllm.engine.frontend.fields import (
     BUDGET_FIELD,
     FIELDS,
     POLICY_FIELD,
+    REUSE_FIELD,
     SHALLOW_FIELD,
     given_fields,
 )
@@ -111,6 +113,7 @@ def plan_request(
         pruned_blocks=blocks,
         block_size=settings.block_size,
         keep_shallow=given.get(SHALLOW_FIELD) == "full",
+        reuse=given.get(REUSE_FIELD, config.reuse),
     )
 
 
@@ -135,8 +138,9 @@ def admit(
     pruned = plan.pruned_tokens if plan else 0
     if plan and pruned:
         _check_prunable(settings, request, plan)
-        # Pruned requests neither read nor fill the prefix cache; left set, this
-        # would make the scheduler ignore connectors.
+        if params.skip_reading_prefix_cache:
+            plan = dataclasses.replace(plan, reuse="none")
+        # Left set, this would make the scheduler ignore connectors.
         params.skip_reading_prefix_cache = False
         if plan.keep_shallow:
             # Until it is prefilled each band holds all of it, and should no layer be

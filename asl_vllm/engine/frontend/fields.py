@@ -13,13 +13,14 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
-from asl_vllm.config import POLICY_NAMES, SHALLOW_MODES
+from asl_vllm.config import POLICY_NAMES, REUSE_MODES, SHALLOW_MODES
 from asl_vllm.engine.settings import Settings
 from asl_vllm.selection.budget import shown, validate_budget
 
 BUDGET_FIELD = "kv_budget"
 POLICY_FIELD = "kv_policy"
 SHALLOW_FIELD = "kv_shallow"
+REUSE_FIELD = "kv_reuse"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ def _validate_shallow(value: Any, settings: Settings) -> None:
         raise ValueError(
             f"{SHALLOW_FIELD}: got 'full'; this server frees the same blocks for all "
             "layers. Leave it out, or ask for a server with --kv-bands above 1."
+        )
+
+
+def _validate_reuse(value: Any, settings: Settings) -> None:
+    if not isinstance(value, str) or value not in REUSE_MODES:
+        raise ValueError(
+            f"{REUSE_FIELD}: got {shown(value)}; allowed: {', '.join(REUSE_MODES)}, "
+            "or null for the server's default."
         )
 
 
@@ -102,6 +111,20 @@ FIELDS: tuple[RequestField, ...] = (
             "examples": ["full"],
         },
         _validate_shallow,
+    ),
+    RequestField(
+        REUSE_FIELD,
+        "What a pruned prompt takes from the server's prefix cache: read, the longest "
+        "prefix that is there, which is not computed again; none, nothing. null: the "
+        "server's default. Without a budget it has no effect.",
+        {
+            "anyOf": [
+                {"type": "string", "enum": list(REUSE_MODES)},
+                {"type": "null"},
+            ],
+            "examples": ["read"],
+        },
+        _validate_reuse,
     ),
 )
 """In the order in which they are checked."""

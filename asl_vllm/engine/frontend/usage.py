@@ -27,7 +27,10 @@ from asl_vllm.engine.result import untouched_usage
 USAGE_FIELD = "kv_cache"
 """Name of the part of ``usage`` that is ours."""
 
-_TOTALS = ("kept_tokens", "pruned_tokens", "freed_blocks", "skipped_token_layers")
+_TOTALS = (
+    *("kept_tokens", "pruned_tokens", "freed_blocks", "skipped_token_layers"),
+    *("reused_tokens", "reused_token_layers", "rerun_token_layers"),
+)
 _COMMON = ("policy", "budget", "selection_layer")
 
 

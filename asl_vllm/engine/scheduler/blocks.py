@@ -7,10 +7,11 @@ the only source of truth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
@@ -18,7 +19,10 @@ from vllm.v1.request import Request
 class PrunedBlocksManager(FullAttentionManager):
     """Full-attention blocks, less the leading ones of pruned requests.
 
-    Owns the number of pruned blocks of each request.
+    Owns the number of pruned blocks of each request, and the pins: cached blocks that
+    a request's prefill reads, which belong to its row no more than to any other's.
+    They never enter the row, where the prefill writes: their hashes promise what they
+    hold to every other request.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,6 +30,30 @@ class PrunedBlocksManager(FullAttentionManager):
         self._pruned_blocks: dict[str, int] = {}
         self._current: str | None = None
         self._late: set[str] = set()
+        self._offers: dict[str, list[KVCacheBlock]] = {}
+        self._pins: dict[str, list[KVCacheBlock]] = {}
+
+    def offer(self, request_id: str, blocks: Sequence[KVCacheBlock]) -> None:
+        """Cached blocks to be pinned if the request is given blocks now.
+
+        To be said at each attempt anew, empty too: what was not pinned may be evicted.
+        """
+        self._offers[request_id] = list(blocks)
+
+    def pinned(self, request_id: str) -> Sequence[KVCacheBlock]:
+        """The blocks that the request's prefill reads."""
+        return self._pins.get(request_id, ())
+
+    @property
+    def pins(self) -> Mapping[str, Sequence[KVCacheBlock]]:
+        """Pinned blocks by request."""
+        return self._pins
+
+    def unpin(self, request_id: str) -> None:
+        """The prefill reads no more; idempotent. The blocks are freshly used."""
+        if blocks := self._pins.pop(request_id, None):
+            # Evicted from the tail of the prefix on, as vLLM frees rows.
+            self.block_pool.free_blocks(reversed(blocks))
 
     def set_pruned_blocks(self, request_id: str, num_blocks: int) -> None:
         """Makes the first ``num_blocks`` of a request null blocks.
@@ -42,6 +70,8 @@ class PrunedBlocksManager(FullAttentionManager):
     def forget(self, request_id: str) -> None:
         """Drops what `set_pruned_blocks` said; the request has ended."""
         self._pruned_blocks.pop(request_id, None)
+        self._offers.pop(request_id, None)
+        assert request_id not in self._pins
         self._late.discard(request_id)
 
     def pruned_blocks(self, request_id: str) -> int:
@@ -78,12 +108,20 @@ class PrunedBlocksManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, *args: Any, **kwargs: Any
     ) -> int:
+        # A pin takes a block that nobody holds out of the free ones.
+        pinning = self._get_num_evictable_blocks(self._offers.get(request_id, ()))
         with self._for(request_id):
-            return super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+            needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+        return int(needed) + pinning
 
     def add_local_computed_blocks(
         self, request_id: str, *args: Any, **kwargs: Any
     ) -> None:
+        # vLLM calls this for all groups before any takes blocks, which might be these.
+        if blocks := self._offers.pop(request_id, None):
+            assert request_id not in self._pins
+            self.block_pool.touch(blocks)
+            self._pins[request_id] = blocks
         with self._for(request_id):
             super().add_local_computed_blocks(request_id, *args, **kwargs)
 

@@ -111,6 +111,11 @@ def _faults(kv_cache_manager: KVCacheManager, idle: bool) -> Iterator[str]:
             for block in row:
                 if not block.is_null:
                     owners.setdefault(block.block_id, []).append(request_id)
+        if isinstance(manager, PrunedBlocksManager):
+            for request_id, pinned in manager.pins.items():
+                for block in pinned:
+                    reader = f"the prefill of {request_id}"
+                    owners.setdefault(block.block_id, []).append(reader)
     yield from _ownership(pool, free, owners)
     for manager in managers:
         yield from _pruned_are_private(manager, pool)

@@ -25,7 +25,8 @@ from asl_vllm.prefill import PrefillReport
 OUTCOMES = ("pruned", "unpruned", "failed", "aborted")
 """How a request with a budget may end."""
 
-_COUNTS = ("pruned_tokens", "freed_blocks", "computed", "skipped")
+_KINDS = ("computed", "skipped", "reused", "rerun")
+_COUNTS = ("pruned_tokens", "freed_blocks", "reused_tokens", *_KINDS)
 _SAMPLES = ("selection_layer", "kept_tokens", "prefill_seconds")
 
 
@@ -85,6 +86,9 @@ class PruningStats(KVConnectorStats):
         """Counts a prefill that was run, those after a preemption included."""
         self.data["computed"] += report.computed_token_layers
         self.data["skipped"] += report.skipped_token_layers
+        self.data["reused"] += report.reused_token_layers
+        self.data["rerun"] += report.rerun_token_layers
+        self.data["reused_tokens"] += report.reused_tokens
         self.data["prefill_seconds"].append(report.seconds)
 
 
@@ -172,11 +176,17 @@ class PruningPromMetrics(KVConnectorPromMetrics):
                     ("policy", "outcome"),
                 ),
                 ("pruned_tokens", "Prompt tokens dropped from the KV cache.", ()),
+                (
+                    "reused_tokens",
+                    "Tokens of pruned prompts that were read from the prefix cache.",
+                    (),
+                ),
                 ("freed_blocks", "KV blocks that pruned prompts did without.", ()),
                 (
                     "token_layers",
-                    "Tokens times layers of pruned prefills that were computed, and "
-                    "that an unpruned prefill would have computed in addition.",
+                    "Tokens times layers of pruned prefills: computed; skipped, which "
+                    "an unpruned prefill would have computed in addition; reused, "
+                    "read from the prefix cache; rerun, both reused and computed.",
                     ("kind",),
                 ),
             )
@@ -190,9 +200,9 @@ class PruningPromMetrics(KVConnectorPromMetrics):
         for name, histogram in self._histograms.items():
             for value in data[name]:
                 histogram.labels(*labels).observe(value)
-        for name in ("pruned_tokens", "freed_blocks"):
+        for name in ("pruned_tokens", "freed_blocks", "reused_tokens"):
             self._counters[name].labels(*labels).inc(data[name])
-        for kind in ("computed", "skipped"):
+        for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind).inc(data[kind])
         for policy, outcomes in data["ended"].items():
             for outcome, count in outcomes.items():
@@ -202,9 +212,9 @@ class PruningPromMetrics(KVConnectorPromMetrics):
         """Series exist before the first event, so that rates start at zero."""
         for histogram in self._histograms.values():
             histogram.labels(*labels)
-        for name in ("pruned_tokens", "freed_blocks"):
+        for name in ("pruned_tokens", "freed_blocks", "reused_tokens"):
             self._counters[name].labels(*labels)
-        for kind in ("computed", "skipped"):
+        for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind)
         for outcome in OUTCOMES:
             self._counters["requests"].labels(*labels, self._policy, outcome)

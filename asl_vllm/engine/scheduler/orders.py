@@ -17,6 +17,7 @@ from asl_vllm.engine.plan import PrunePlan, plan_of
 from asl_vllm.engine.result import sequence_usage
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.scheduler.integrity import IdleCheck
+from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
@@ -60,6 +61,7 @@ class SchedulerSide:
         """Finds the block managers whose requests can be pruned, one a band."""
         self._idle_check = IdleCheck(kv_cache_manager)
         self._log_stats = kv_cache_manager.log_stats
+        self.prefixes = PrefixLookup(self._settings, kv_cache_manager)
         self._managers = kv_cache_manager.coordinator.single_type_managers
         assert all(isinstance(m, PrunedBlocksManager) for m in self._managers)
         found = [manager.kv_cache_spec.band for manager in self._managers]
@@ -88,9 +90,7 @@ class SchedulerSide:
         if plan.pruned_blocks:
             bands = 0 if plan.keep_shallow else self._bands.count
             self._prune(request.request_id, plan, bands)
-            # Without hashes it neither finds nor leaves blocks in the prefix cache.
-            request.block_hashes = []
-            request._block_hasher = None
+            self.prefixes.take_hashes(request, plan)
 
     def _prune(self, request_id: str, plan: PrunePlan, deepest_bands: int) -> None:
         """Says that so many of the deepest bands lack the pruned blocks."""
@@ -117,6 +117,7 @@ class SchedulerSide:
             # Which bands are deep is only known once it has been prefilled, again if
             # it was preempted.
             self._prune(request.request_id, plan, 0)
+        self.prefixes.offer(request, plan)
         return plan.num_prompt_tokens - 1, True
 
     def on_allocated(self, request: Request, blocks: KVCacheBlocks) -> None:
@@ -127,6 +128,12 @@ class SchedulerSide:
             # vLLM notes it when a request first runs, which is after its prefill.
             request.record_event(EngineCoreEventType.SCHEDULED)
         assert request.prompt_token_ids is not None
+        reused = self.prefixes.pinned_ids(request.request_id)
+        if request.prefill_stats is not None:
+            # To vLLM all but the last token came from outside; to clients, what did not
+            # have to be computed came from its cache.
+            tokens = len(reused[0]) * plan.block_size if reused else 0
+            request.prefill_stats.set(plan.num_prompt_tokens, tokens, 0)
         self._in_flight[request.request_id] = plan.num_prompt_tokens
         self._new_jobs.append(
             PrefillJob(
@@ -137,6 +144,7 @@ class SchedulerSide:
                 block_size=plan.block_size,
                 block_ids=[ids[first:] for ids in blocks.get_block_ids()],
                 keep_shallow=plan.keep_shallow,
+                reused_block_ids=reused,
             )
         )
 
@@ -172,6 +180,8 @@ class SchedulerSide:
             self._progress = reports.progress
         for request_id in output.finished_recving or ():
             self._in_flight.pop(request_id, None)
+            if request_id not in self._dropped:
+                self.prefixes.unpin(request_id)
         if output.finished_recving:
             late = self._dropped & output.finished_recving
             output.finished_recving = output.finished_recving - late
@@ -193,6 +203,8 @@ class SchedulerSide:
             self._dropped.add(request_id)
             self._new_drops.add(request_id)
             self._progress.pop(request_id, None)
+            # Whoever gets them is told after the workers have dropped the job.
+            self.prefixes.unpin(request_id)
 
     def on_finished(self, request: Request) -> dict[str, Any] | None:
         """Forgets a request and returns the part of its reply that is ours."""
@@ -201,6 +213,7 @@ class SchedulerSide:
         report = self._reports.pop(request.request_id, None)
         self._untold.discard(request.request_id)
         self.on_taken_back(request.request_id)
+        self.prefixes.forget(request.request_id)
         for manager in self._managers:
             manager.forget(request.request_id)
         if plan is None:

@@ -37,6 +37,7 @@ def engine_state(core: EngineCore) -> dict[str, Any]:
             "blocks_total": total,
             "blocks_used": total - free,
             "blocks_free": free,
+            "blocks_pinned": side.prefixes.num_pinned,
             "tokens_saved": side.tokens_saved(),
             "usage": round((total - free) / total, 6),
         },

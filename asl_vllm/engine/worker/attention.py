@@ -10,6 +10,7 @@ while a pruned prefill runs. Everything else is the backend's own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,18 +34,29 @@ WRAPPED_BACKENDS: dict[str, str] = {
 
 
 class TapMixin:
-    """Attention implementation that shows a chunk's q, k, v to ``tap`` when set."""
+    """Attention implementation that shows a chunk's q, k, v to ``tap`` when set.
+
+    ``instead``, when set, is called with queries and output in place of the backend's
+    attention, and nothing is written to the cache.
+    """
 
     tap: LayerTap | None = None
+    instead: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any
     ) -> None:
+        if self.instead is not None:
+            return
         if self.tap is not None:
             self.tap.on_kv(key, value)
         super().do_kv_cache_update(layer, key, value, *args, **kw)  # type: ignore[misc]
 
     def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        if self.instead is not None:
+            output = kw["output"] if "output" in kw else args[4]
+            self.instead(query, output)
+            return output
         if self.tap is not None:
             self.tap.on_query(query)
             if self.tap.keys_only:

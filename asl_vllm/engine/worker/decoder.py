@@ -8,7 +8,8 @@ KV pool.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_vllm.engine.settings import settings_of
+from asl_vllm.engine.worker.attend_at import attend_at
 from asl_vllm.engine.worker.chunks import ChunkMetadata
 from asl_vllm.engine.worker.fused import FusedLayers
+from asl_vllm.engine.worker.pool_rows import PoolRows
 from asl_vllm.engine.worker.ranks import Ranks, among_ranks
 from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
@@ -78,6 +81,7 @@ class VllmDecoder(Ranks):
         self._chunks = ChunkMetadata(
             builder, scratch, settings_of(vllm_config).chunk_tokens
         )
+        self._block_size = spec.block_size
         self._fused = FusedLayers(self._layers)
 
     @torch.inference_mode()
@@ -98,7 +102,52 @@ class VllmDecoder(Ranks):
     ) -> None:
         """See `DecoderModel.run_layer`."""
         with among_ranks(f"layer {layer}"):
-            self._run_layer(layer, positions, hidden, start, tap)
+            self._run_layer(layer, positions, hidden, start, self._borrowed(layer, tap))
+
+    @torch.inference_mode()
+    def run_at(
+        self,
+        layer: int,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """See `DecoderModel.run_at`."""
+        with among_ranks(f"layer {layer}"):
+            lent = self._instead(layer, positions, keys, values)
+            self._run_layer(layer, positions, hidden, 0, lent)
+
+    @torch.inference_mode()
+    def load_prefix(
+        self,
+        layer: int,
+        block_ids: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """See `DecoderModel.load_prefix`."""
+        rows = self._pool_rows
+        pages = self._attentions[layer].kv_cache[block_ids]
+        self._scratch.pages[: len(pages)] = pages
+        rows.read(pages, keys, values)
+
+    @cached_property
+    def _pool_rows(self) -> PoolRows:
+        attention: Any = self._attentions[0]
+        pages, s = self._scratch.pages, self.shape
+
+        def write(keys: torch.Tensor, values: torch.Tensor) -> None:
+            slots = self._scratch.slots[: self._block_size]
+            attention.impl.do_kv_cache_update(attention, keys, values, pages, slots)
+
+        return PoolRows(
+            pages[0],
+            (self._block_size, s.num_kv_heads, s.head_dim),
+            (self._block_size, s.num_kv_heads, s.value_dim),
+            s.dtype,
+            write,
+        )
 
     def _run_layer(
         self,
@@ -106,13 +155,13 @@ class VllmDecoder(Ranks):
         positions: torch.Tensor,
         hidden: torch.Tensor,
         start: int,
-        tap: LayerTap,
+        lent: AbstractContextManager[None],
     ) -> None:
         name = self._attentions[layer].layer_name
         metadata = self._chunks.of(start, start + len(hidden))
         with (
             self._fused.running(),
-            self._borrowed(layer, tap),
+            lent,
             set_forward_context(
                 {name: metadata},
                 self._vllm_config,
@@ -157,3 +206,23 @@ class VllmDecoder(Ranks):
         finally:
             impl.tap = None
             attention.kv_cache = pool
+
+    @contextmanager
+    def _instead(
+        self,
+        layer: int,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> Iterator[None]:
+        impl: Any = self._attentions[layer].impl
+
+        def attend(query: torch.Tensor, output: torch.Tensor) -> None:
+            n = len(positions)
+            attend_at(query[:n], positions, keys, values, impl.scale, output[:n])
+
+        impl.instead = attend
+        try:
+            yield
+        finally:
+            impl.instead = None

@@ -1,0 +1,133 @@
+"""A pruned prompt over a cached prefix answers and keeps what it does from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+
+from asl_vllm.selection.policies import Keep
+from asl_vllm_testing.harness import BLOCK, Engine, engine, random_prompt
+from tests.e2e.recording import record
+
+BUDGET = 128
+WINDOW = 16
+DOCUMENT = random_prompt(20 * BLOCK + 7, seed=1)
+QUESTION, OTHER = random_prompt(40, seed=2), random_prompt(55, seed=3)
+POLICIES = ["asl", "snapkv", "fastkv", "gemfilter", "pyramidinfer"]
+HIT = 20 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def host(random_model: Path) -> Iterator[Engine]:
+    with engine(
+        random_model,
+        policy={
+            "policy": "asl",
+            "window": WINDOW,
+            "selection_layer": 2,
+            "check_integrity": True,
+        },
+        max_num_batched_tokens=1024,
+    ) as started:
+        yield started
+
+
+def ask(host: Engine, prompt: list[int], **options: Any) -> tuple[Any, int]:
+    """Tokens with their log-probabilities, and cached tokens."""
+    (reply,) = host.generate([prompt], logprobs=1, **options)
+    (answer,) = reply.outputs
+    chosen = [
+        step[token].logprob
+        for step, token in zip(answer.logprobs, answer.token_ids, strict=True)
+    ]
+    return (list(answer.token_ids), chosen), reply.num_cached_tokens
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equal_to_scratch(
+    host: Engine, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    host.llm.reset_prefix_cache()
+    decisions = record(monkeypatch, policy)
+    pruned = {"budget": BUDGET, "policy": policy}
+    scratch, cached = ask(host, DOCUMENT + QUESTION, **pruned)
+    assert cached == 0
+    donor, _ = ask(host, DOCUMENT + OTHER)
+    again, cached = ask(host, DOCUMENT + QUESTION, **pruned)
+    assert cached == HIT
+    assert _close(again, scratch)
+    assert ask(host, DOCUMENT + QUESTION, reuse="none", **pruned) == (scratch, 0)
+    first, second, third = decisions.of_prompt
+    assert len(first) == len(second) == len(third) > 0
+    for mine, theirs in zip(first, second, strict=True):
+        assert _same(mine.kept, theirs.kept)
+        assert _same(mine.deeper, theirs.deeper)
+    # What it read is still what it was.
+    same, cached = ask(host, DOCUMENT + OTHER)
+    assert cached >= HIT
+    assert same[0] == donor[0]
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Equal tokens; products of other numbers of rows may round otherwise."""
+    return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-5)
+
+
+def _same(one: Tensor | Keep, other: Tensor | Keep) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other
+
+
+def test_the_same_prompt_again_is_computed_from_the_window_on(host: Engine) -> None:
+    host.llm.reset_prefix_cache()
+    prompt = DOCUMENT + QUESTION
+    ask(host, prompt)
+    cached = ask(host, prompt, budget=BUDGET)[1]
+    assert cached == (len(prompt) - WINDOW) // BLOCK * BLOCK
+
+
+def test_a_salt_shares_with_its_own_alone(host: Engine) -> None:
+    host.llm.reset_prefix_cache()
+    prompt = DOCUMENT + QUESTION
+    ask(host, DOCUMENT + OTHER, salt="a")
+    answers = {}
+    for salt, hit in ((None, 0), ("b", 0), ("a", HIT)):
+        answer, cached = ask(host, prompt, budget=BUDGET, salt=salt)
+        assert cached == hit, salt
+        answers[salt] = answer
+    assert answers[None] == answers["b"]
+    assert _close(answers["a"], answers[None])
+
+
+def test_a_pruned_prompt_leaves_nothing_behind(host: Engine) -> None:
+    host.llm.reset_prefix_cache()
+    prompt = DOCUMENT + QUESTION
+    ask(host, prompt, budget=BUDGET)
+    assert ask(host, prompt)[1] == 0
+
+
+def test_a_donor_that_arrives_in_the_same_step(host: Engine) -> None:
+    """Its blocks are hashed when it is scheduled, and written before passes run."""
+    host.llm.reset_prefix_cache()
+    alone = ask(host, DOCUMENT + QUESTION, budget=BUDGET)[0]
+    plain = SamplingParams(temperature=0, max_tokens=8)
+    pruned = SamplingParams(
+        temperature=0, max_tokens=8, extra_args={"kv_budget": BUDGET}
+    )
+    _, reply = host.llm.generate(
+        [
+            {"prompt_token_ids": DOCUMENT + OTHER},
+            {"prompt_token_ids": DOCUMENT + QUESTION},
+        ],
+        [plain, pruned],
+        use_tqdm=False,
+    )
+    assert reply.num_cached_tokens == HIT
+    assert list(reply.outputs[0].token_ids) == alone[0]
