@@ -195,6 +195,23 @@ class SharedLayers:
         tap.on_kv(out.k, out.v)
         hidden.copy_(out.hidden)
 
+    def run_at(
+        self,
+        layer: int,
+        positions: Tensor,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Not asked for: no prompt here reuses a prefix."""
+        raise NotImplementedError
+
+    def load_prefix(
+        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Likewise."""
+        raise NotImplementedError
+
     def write_kept(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
     ) -> None:

@@ -234,7 +234,7 @@ def test_a_message_becomes_a_chat_request() -> None:
 
 
 def test_handlers_of_endpoints_that_read_no_field() -> None:
-    """Their models let extra fields through, to where they can be seen."""
+    """Their models let extra fields through, to where they can be seen, or refuse."""
     for owner, name, model in (
         (
             ServingGenerativeScoring,
@@ -246,7 +246,8 @@ def test_handlers_of_endpoints_that_read_no_field() -> None:
         handler = original_of(owner, name) or getattr(owner, name)
         assert parameters(handler)[:3] == ("self", "request", "raw_request")
         assert asyncio.iscoroutinefunction(handler)
-        assert model.model_config["extra"] == "allow"
+        # Since 0.33 one of the models refuses them itself.
+        assert model.model_config["extra"] in ("allow", "forbid")
 
 
 def test_token_requests_have_sampling_parameters() -> None:

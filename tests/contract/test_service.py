@@ -244,6 +244,16 @@ def test_the_batch_runner_calls_run_request_for_each_line(
     """By its name in the module, so that replacing it there is enough."""
     asked: list[Any] = []
     monkeypatch.setattr(runner, "run_request", lambda *args: asked.append(args))
-    line, tracker, handler = Mock(url="/v1/completions"), Mock(), Mock()
-    runner.handle_endpoint_request(line, tracker, bool, lambda: handler)
-    assert asked == [(handler, line, tracker)]
+    line, handler = Mock(url="/v1/completions"), Mock()
+    # 0.32 hands a tracker along, and what 0.33 has in one configuration.
+    tracker = (
+        [Mock()] if "tracker" in parameters(runner.handle_endpoint_request) else []
+    )
+    endpoint = {
+        "url": "/v1/completions",
+        "handler_getter": lambda: handler,
+        "wrapper_fn": None,
+    }
+    how = [*tracker, bool, lambda: handler] if tracker else [endpoint]
+    runner.handle_endpoint_request(line, *how)
+    assert asked == [(handler, line, *tracker)]

@@ -110,7 +110,7 @@ def test_the_pool_is_sized_after_models_are_loaded(
         def get_supported_kv_cache_layouts(self) -> Any:
             return [[KVCacheLayout.LBHNC.name]]
 
-        def set_kv_cache_layout(self, name: str) -> None:
+        def set_kv_cache_layout(self, name: str, *more: Any) -> None:
             pass
 
         def collective_rpc(self, *_: Any, **__: Any) -> Any:

@@ -14,6 +14,7 @@ OURS = {
     "vllm:asl_requests": "counter",
     "vllm:asl_pruned_tokens": "counter",
     "vllm:asl_freed_blocks": "counter",
+    "vllm:asl_reused_tokens": "counter",
     "vllm:asl_token_layers": "counter",
     "vllm:asl_selection_layer": "histogram",
     "vllm:asl_kept_tokens": "histogram",

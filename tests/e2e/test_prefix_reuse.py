@@ -31,6 +31,7 @@ def host(random_model: Path) -> Iterator[Engine]:
             "policy": "asl",
             "window": WINDOW,
             "selection_layer": 2,
+            "reuse": "read",
             "check_integrity": True,
         },
         max_num_batched_tokens=1024,

@@ -19,7 +19,6 @@ from vllm.entrypoints.anthropic.protocol import (
 )
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
@@ -32,6 +31,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from asl_vllm.engine.frontend import run_batch, usage
 from asl_vllm.engine.frontend.apis import APIS, NOWHERE
+from asl_vllm_testing.moved import make_arg_parser
 
 HANDLERS = [api for api in APIS if api.handler]
 IDLE = {

@@ -68,6 +68,7 @@ class Machine(RuleBasedStateMachine):
             scheduler_class=self.kind,
             step_tokens=96,
             window=WINDOW,
+            reuse="read",
             check_integrity=True,
         )
         self.scheduler = host.scheduler
