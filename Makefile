@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # Two at a time: most tests keep one core busy, and an engine takes gigabytes. A file's
 # tests stay together; tests/conftest.py puts the long ones first.
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test weights fuzz soak audit bench format lint clean

@@ -37,9 +37,9 @@ from asl_vllm_testing.touch_points import code_of, fingerprints, store, symbols
 OPTIONS = (
     "--continue-on-collection-errors",
     # Two at a time, as in `make test`.
-    *("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder"),
+    *("--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder"),
 )
-TESTS = ("tests/contract", "tests/engine", "tests/stateful")
+TESTS = ("tests/contract", "tests/engine")
 ENGINES = (
     "tests/e2e/test_block_size.py",
     *(

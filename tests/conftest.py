@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,22 +19,55 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divides the tests among the workers of `make test`, the long ones first.
+SERVERS = frozenset(
+    {
+        "test_data_parallel",
+        "test_endpoints",
+        "test_faults",
+        "test_fuzz",
+        "test_installed_policy",
+        "test_pauses",
+        "test_readme",
+        "test_server",
+        "test_service",
+        "test_service_scaled",
+        "test_tensor_parallel",
+    }
+)
+"""Files of tests/e2e that start servers, or engines of several processes."""
 
-    A file is a share, as engines are its fixtures. Where servers and engines of several
-    processes are started, the group "servers" is one, so that two never meet.
+
+def _share(nodeid: str) -> str:
+    """The share of the tests that one worker runs: a file, as engines are its fixtures.
+
+    `SERVERS` are one share, so that two never meet.
     """
+    file = nodeid.partition("::")[0]
+    return "servers" if Path(file).stem in SERVERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divides the tests among the workers of `make test` by `_share`.
+
+    xdist's own groups ride on node ids, which pytest 9.2 does not let it change.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shares(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _share(nodeid)
+
+    return Shares(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that both workers end together."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            folder = item.path.parent.name
-            item.add_marker(pytest.mark.xdist_group(f"{folder}/{item.path.stem}"))
 
     def turn(item: pytest.Item) -> int:
-        (name,) = item.get_closest_marker("xdist_group").args  # type: ignore[union-attr]
-        return 0 if name == "servers" else 1 if name.startswith("e2e/") else 2
+        if _share(item.nodeid) == "servers":
+            return 0
+        return 1 if item.path.parent.name == "e2e" else 2
 
     items.sort(key=turn)

@@ -18,8 +18,6 @@ from asl_vllm_testing.oracle.asl import generate
 from asl_vllm_testing.oracle.model import TinyDecoder
 from asl_vllm_testing.oracle.tasks import needle
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 RULE = {"window": 8, "pool_kernel": 7, "l_min": 4, "l_obs": 2, "tau": 0.9}
 BUDGET = 128
 POOL_BLOCKS = 32

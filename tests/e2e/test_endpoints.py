@@ -19,8 +19,6 @@ from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 from asl_vllm_testing.settings import SERVER_OPTIONS
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 QUESTION = needle(7, 600)
 MESSAGE = {"role": "user", "content": f"<s> {QUESTION.text}"}
 ANSWER = QUESTION.answer_words

@@ -19,8 +19,6 @@ import pytest
 from asl_vllm_testing.oracle.tasks import Prompt, needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 API_KEY = "sk-a-secret-that-no-log-may-show"
 CONFIG = {"window": 8, "selection_layer": 4, "check_integrity": True}
 POOL_TOKENS = 1984

@@ -11,8 +11,6 @@ from tests.fuzzing.bodies import mutated, placed, raw
 from tests.fuzzing.runner import IDLE, generated, run, state
 from tests.fuzzing.stock import is_stock
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 SEED = 1
 
 

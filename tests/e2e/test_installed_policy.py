@@ -6,12 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-
 from asl_vllm_testing import policy_package
 from asl_vllm_testing.server import serve
-
-pytestmark = pytest.mark.xdist_group("servers")
 
 PROMPT = [4 + i % 200 for i in range(500)]
 

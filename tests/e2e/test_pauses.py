@@ -14,8 +14,6 @@ import pytest
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 # Four passes of 64 tokens a step: the long prompt's prefill takes over 100 steps.
 CONFIG = {
     "window": 8,

@@ -14,8 +14,6 @@ from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import Server, serve_command
 from tests.e2e.documents import assert_within, run_shell, shell_examples
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 REPOSITORY = Path(__file__).parents[2]
 README, API_DOCUMENT = REPOSITORY / "README.md", REPOSITORY / "docs" / "api.md"
 

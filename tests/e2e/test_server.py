@@ -14,8 +14,6 @@ from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 from asl_vllm_testing.settings import POOL_TOKENS
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 BAD = [0, -1, 1.5, True, "x", [1], {"tokens": 64}, 1, 39, 64.0, "NaN"]
 QUESTION = needle(7, 600)
 

@@ -19,8 +19,6 @@ from asl_vllm_testing.server import MODEL_NAME, Server
 from asl_vllm_testing.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
 from tests.e2e.prometheus import scrape, settle, since
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 QUESTION = needle(7, 600)
 OTHER = needle(9, 300)
 BUDGET = 128

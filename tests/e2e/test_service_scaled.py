@@ -18,8 +18,6 @@ from asl_vllm_testing.settings import LAYERS, SERVER_OPTIONS
 from tests.e2e.certificate import write_certificate
 from tests.e2e.prometheus import scrape, settle, since
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 KEY = "secret"
 PATHS = ["/v1/kv/policies", "/v1/kv/stats", "/v1/models"]
 

@@ -19,8 +19,6 @@ from asl_vllm_testing.harness import BLOCK, Engine, engine
 from asl_vllm_testing.oracle.asl import generate
 from asl_vllm_testing.oracle.model import TinyDecoder
 
-pytestmark = pytest.mark.xdist_group("servers")
-
 OTHERS = [name for name in POLICY_NAMES if name not in ("none", "asl")]
 RULE = {"window": 16, "pool_kernel": 7, "l_min": 2, "l_obs": 3, "tau": 0.6}
 

@@ -47,9 +47,9 @@ def _read_fields(model: type) -> None:
             given = {name: v for name, v in values.items() if v is not None}
             if given:
                 params.extra_args = {**(params.extra_args or {}), **given}
-            if _served is not None and not settings_of(_served).config.enabled:
-                # Nothing of ours is installed that could refuse a stream later, while
-                # its status can still be 400 (`engine/frontend/streams.py`).
+            if _served is not None:
+                # A bad value is refused where it enters: a background reply has begun
+                # before the prompt is looked at, and a rendered one never gets there.
                 read(settings_of(_served), params)
             return params
 
