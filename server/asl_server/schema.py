@@ -36,6 +36,9 @@ class Pool(BaseModel):
     blocks_total: int
     blocks_used: int
     blocks_free: int
+    blocks_pinned: int = Field(
+        description="Blocks of the prefix cache that prefills are reading."
+    )
     tokens_saved: int = Field(
         description="Tokens that requests now alive would hold more, per layer, were "
         "they not pruned."

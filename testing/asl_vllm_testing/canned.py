@@ -70,6 +70,7 @@ def engine(index: int, requests: list[dict[str, Any]], used: int) -> dict[str, A
             "blocks_total": total,
             "blocks_used": used,
             "blocks_free": total - used,
+            "blocks_pinned": 0,
             "tokens_saved": saved,
             "usage": used / total,
         },
