@@ -43,6 +43,8 @@ IDLE = {
     *("/v1/responses/{response_id}/cancel", "/v1/unload_lora_adapter"),
 }
 """Paths that take bodies and generate nothing."""
+NOT_YET = {"/v1/decisions"}
+"""Since vLLM 0.33; generates, and our fields are dropped there: docs/limits.md."""
 MESSAGE = {"role": "user", "content": "the sky"}
 
 
@@ -67,7 +69,7 @@ def test_no_endpoint_of_vllm_is_left_out(routes: dict[str, APIRoute]) -> None:
     """A new one must be looked at: does it generate, and does it read our fields?"""
     listed = {path for api in APIS for path in paths(api)}
     assert listed <= routes.keys()
-    assert routes.keys() - listed - IDLE == set()
+    assert routes.keys() - listed - IDLE - NOT_YET == set()
 
 
 @pytest.mark.parametrize(
