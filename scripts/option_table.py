@@ -15,11 +15,11 @@ import inspect
 import json
 import re
 import sys
-from pathlib import Path
+
+from written_table import main
 
 from asl_vllm.config import AslConfig
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 BEGIN = "<!-- options: written by scripts/option_table.py -->"
 END = "<!-- end of options -->"
 OWN_FLAGS = {"policy": "--kv-policy", "budget": "--kv-budget", "bands": "--kv-bands"}
@@ -52,17 +52,5 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def main() -> int:
-    """Writes the page, or with ``--check`` says whether it is as written."""
-    page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(BEGIN)
-    _, tail = rest.split(END)
-    written = f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        return int(page != written)
-    PAGE.write_text(written, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("configuration.md", BEGIN, END, table()))

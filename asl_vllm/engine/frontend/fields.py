@@ -39,20 +39,20 @@ def _validate_budget(value: Any, settings: Settings) -> None:
     validate_budget(value, minimum=settings.minimum_budget)
 
 
-def _validate_policy(value: Any, settings: Settings) -> None:
-    if not isinstance(value, str) or value not in POLICY_NAMES:
+def _check_name(field: str, value: Any, names: tuple[str, ...], null: str) -> None:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(
-            f"{POLICY_FIELD}: got {shown(value)}; allowed: {', '.join(POLICY_NAMES)}, "
-            "or null for the server's policy."
+            f"{field}: got {shown(value)}; allowed: {', '.join(names)}, or null for "
+            f"{null}."
         )
+
+
+def _validate_policy(value: Any, settings: Settings) -> None:
+    _check_name(POLICY_FIELD, value, POLICY_NAMES, "the server's policy")
 
 
 def _validate_shallow(value: Any, settings: Settings) -> None:
-    if not isinstance(value, str) or value not in SHALLOW_MODES:
-        raise ValueError(
-            f"{SHALLOW_FIELD}: got {shown(value)}; allowed: "
-            f"{', '.join(SHALLOW_MODES)}, or null for {SHALLOW_MODES[0]}."
-        )
+    _check_name(SHALLOW_FIELD, value, SHALLOW_MODES, SHALLOW_MODES[0])
     if value == "full" and settings.config.bands == 1:
         raise ValueError(
             f"{SHALLOW_FIELD}: got 'full'; this server frees the same blocks for all "
@@ -61,11 +61,7 @@ def _validate_shallow(value: Any, settings: Settings) -> None:
 
 
 def _validate_reuse(value: Any, settings: Settings) -> None:
-    if not isinstance(value, str) or value not in REUSE_MODES:
-        raise ValueError(
-            f"{REUSE_FIELD}: got {shown(value)}; allowed: {', '.join(REUSE_MODES)}, "
-            "or null for the server's default."
-        )
+    _check_name(REUSE_FIELD, value, REUSE_MODES, "the server's default")
 
 
 FIELDS: tuple[RequestField, ...] = (

@@ -111,10 +111,10 @@ def _release_backends() -> None:
 def _check_replies(config: AslConfig) -> None:
     """Refuses a policy if vLLM is not what reports in replies need.
 
-    They are installed when an HTTP application is built, which is late to find out.
+    They are installed later, some when an HTTP application is built.
     """
     try:
-        for module in (usage, streams, apis, repeated_ids):
+        for module in (usage, endings, streams, apis, repeated_ids, run_batch):
             check(module.install)
     except UpstreamDriftError as drift:
         raise standby.refusal(config, str(drift)) from drift

@@ -1,9 +1,9 @@
 """Our fields in requests: of HTTP bodies, and where every request is planned.
 
 Touch points: the fields, which `apis` adds to the pydantic request models in place,
-are copied to ``extra_args`` by their ``to_sampling_params``;
+are copied to ``extra_args`` by their ``to_sampling_params``, which refuses bad values;
 ``InputProcessor.process_inputs``, through which HTTP, ``vllm_xargs`` and offline
-requests all pass, reads them, once, and puts a plan in their place.
+requests all pass, reads them and puts a plan in their place.
 """
 
 from __future__ import annotations
