@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from asl_vllm_testing import scripts
 from tests.deploy.metrics import LABELS, series
 from tests.deploy.promql import asked
 
@@ -68,10 +68,11 @@ def test_each_rule_has_a_unit_test_in_which_it_fires(name) -> None:
 
 @pytest.fixture(scope="module")
 def promtool():
-    found = shutil.which("promtool")
-    if found is None:
-        pytest.skip("no promtool on the path (Debian: package prometheus)")
-    return found
+    finder = scripts.load("prometheus")
+    try:
+        return str(finder.find_or_fetch("promtool"))
+    except finder.NoPrometheusError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(
