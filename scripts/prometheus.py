@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -59,10 +58,3 @@ def _run(folder: Path, *command: str) -> None:
     subprocess.run(
         command, cwd=folder, check=True, capture_output=True, timeout=FETCH_TIMEOUT_S
     )
-
-
-if __name__ == "__main__":
-    try:
-        print(find_or_fetch("promtool"))
-    except NoPrometheusError as error:
-        sys.exit(str(error))
