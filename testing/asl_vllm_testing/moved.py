@@ -8,6 +8,8 @@ should it, the room is a module of this form beside ``asl_vllm/engine/lines.py``
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 try:
     from vllm.v1.core.kv_cache_planning import (
         get_kv_cache_config_from_groups,
@@ -26,13 +28,17 @@ except ImportError:
         make_arg_parser,
     )
 
+HAS_DECISIONS = find_spec("vllm.entrypoints.openai.decisions") is not None
+
 OLDER = {
     "vllm.v1.core.kv_cache_planning": "groups were planned in kv_cache_utils",
     "vllm.entrypoints.common.cli_args": "the parser was in entrypoints.launchers",
+    "vllm.entrypoints.openai.decisions.protocol": "there was no /v1/decisions",
 }
 """What the newer lines have and the oldest has not -> how it was there."""
 
 __all__ = [
+    "HAS_DECISIONS",
     "OLDER",
     "get_kv_cache_config_from_groups",
     "get_kv_cache_groups",

@@ -31,7 +31,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from asl_vllm.engine.frontend import run_batch, usage
 from asl_vllm.engine.frontend.apis import APIS, NOWHERE
-from asl_vllm_testing.moved import make_arg_parser
+from asl_vllm_testing.moved import HAS_DECISIONS, make_arg_parser
 
 HANDLERS = [api for api in APIS if api.handler]
 IDLE = {
@@ -43,8 +43,9 @@ IDLE = {
     *("/v1/responses/{response_id}/cancel", "/v1/unload_lora_adapter"),
 }
 """Paths that take bodies and generate nothing."""
-NOT_YET = {"/v1/decisions"}
-"""Since vLLM 0.33; generates, and our fields are dropped there: docs/limits.md."""
+NEWER = set() if HAS_DECISIONS else {"/v1/decisions"}
+"""Not in every supported line."""
+HERE = [api for api in APIS if api.path not in NEWER]
 MESSAGE = {"role": "user", "content": "the sky"}
 
 
@@ -67,9 +68,9 @@ def paths(api: Any) -> list[str]:
 
 def test_no_endpoint_of_vllm_is_left_out(routes: dict[str, APIRoute]) -> None:
     """A new one must be looked at: does it generate, and does it read our fields?"""
-    listed = {path for api in APIS for path in paths(api)}
+    listed = {path for api in HERE for path in paths(api)}
     assert listed <= routes.keys()
-    assert routes.keys() - listed - IDLE - NOT_YET == set()
+    assert routes.keys() - listed - IDLE == set()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,16 @@ def test_models_are_those_of_the_routes(routes: dict[str, APIRoute], api: Any) -
         (parameter,) = routes[path].dependant.body_params
         assert parameter.field_info.annotation is model
     assert ("kv_budget" in model.model_fields) == (api.reads != NOWHERE)
+
+
+@pytest.mark.skipif(not HAS_DECISIONS, reason="this line has no /v1/decisions")
+def test_decisions_refuse_our_fields(routes: dict[str, APIRoute]) -> None:
+    (parameter,) = routes["/v1/decisions"].dependant.body_params
+    model = parameter.field_info.annotation
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate({"kv_budget": 64})
+    kinds = {error["loc"]: error["type"] for error in refused.value.errors()}
+    assert kinds["kv_budget",] == "extra_forbidden"
 
 
 def test_a_messages_fields_reach_its_chat_request() -> None:

@@ -117,6 +117,8 @@ APIS: tuple[Api, ...] = (
             "create_decision",
         ),
     ),
+    # Nothing of it is touched: its own model refuses fields that it does not know.
+    Api("/v1/decisions", None, NOWHERE, "`X-KV-*` headers. Since vLLM 0.33"),
     Api(
         "`vllm run-batch`",
         None,
