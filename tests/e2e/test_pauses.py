@@ -61,6 +61,31 @@ class Asked(threading.Thread):
         return answer
 
 
+class Streamed(Asked):
+    """As a stream, so that its beginning can be waited for."""
+
+    def __init__(self, server: Server, **body: Any) -> None:
+        self._chunks: list[dict[str, Any]] = []
+        self.begun = threading.Event()
+        super().__init__(server, **body, stream=True)
+
+    def run(self) -> None:
+        path = "/v1/completions"
+        with self._client.stream("POST", path, json=self._body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    chunk = json.loads(line.removeprefix("data: "))
+                    self._chunks.append(chunk["choices"][0])
+                    self.begun.set()
+        self.reply = reply
+
+    def result(self) -> dict[str, Any]:
+        self.join(timeout=120)
+        assert self.reply is not None, "no end"
+        text = "".join(chunk["text"] for chunk in self._chunks)
+        return {**self._chunks[-1], "text": text}
+
+
 def stats(server: Server) -> dict[str, Any]:
     (engine,) = server.http.get("/v1/kv/stats").json()["engines"]
     return dict(engine)
@@ -72,10 +97,15 @@ def layer(server: Server) -> int:
     return int(request["layer"])
 
 
-def begin(server: Server) -> tuple[Asked, Asked]:
-    """A prompt in the middle of its prefill, beside an unpruned one that decodes."""
+def begin(server: Server, tokens: int = 200) -> tuple[Asked, Streamed]:
+    """A prompt in the middle of its prefill, beside an unpruned one that decodes.
+
+    ``tokens`` is how long the latter goes on. It comes first and is waited for: what
+    comes after a call is not paused or aborted by it.
+    """
+    plain = Streamed(server, prompt=OTHER.text, max_tokens=tokens, ignore_eos=True)
+    assert plain.begun.wait(timeout=60)
     pruned = Asked(server, prompt=LONG.text, kv_budget=128, max_tokens=4)
-    plain = Asked(server, prompt=OTHER.text, max_tokens=200, ignore_eos=True)
     deadline = time.monotonic() + 60
     while not any(r["state"] == "prefilling" for r in stats(server)["requests"]):
         assert time.monotonic() < deadline
@@ -134,7 +164,7 @@ def test_requests_go_on(server: Server, alone: str, calls: list[str]) -> None:
 
 @pytest.mark.parametrize("call", ["/pause?mode=abort", "/abort_requests"])
 def test_requests_are_aborted(server: Server, call: str) -> None:
-    both = begin(server)
+    both = begin(server, tokens=3000)  # still going on if the call comes late
     reply = server.http.post(call, json={})
     assert reply.status_code == 200, reply.text
     assert [asked.result()["finish_reason"] for asked in both] == ["abort"] * 2
