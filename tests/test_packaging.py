@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import sys
 import tomllib
@@ -153,6 +154,38 @@ a 1 has requirement b>2, but you have b 1.
         "a 1 has requirement b>2, but you have b 1.",
     ]
     assert setup_env.unexpected_complaints("No broken requirements found.\n") == []
+
+
+def test_uv_installs_from_where_pip_does(setup_env, monkeypatch, tmp_path):
+    files = {
+        "global": "[global]\nextra-index-url =\n    https://a/simple\n    https://b/simple",
+        "install": "[install]\nconstraint = c.txt\nfind-links = /old",
+    }
+    path = tmp_path / "pip.conf"
+    path.write_text("\n".join(files.values()))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(path))
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels /more")
+    monkeypatch.setattr(setup_env, "VENV_PYTHON", Path(sys.executable))
+    variables = setup_env.uv_settings(setup_env.pip_settings())
+    assert variables["UV_EXTRA_INDEX_URL"] == "https://a/simple https://b/simple"
+    assert variables["UV_CONSTRAINT"] == "c.txt"
+    assert variables["UV_FIND_LINKS"] == "/wheels,/more"
+    assert variables["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+
+
+def test_without_uv_pip_installs(setup_env, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(setup_env, "VENV_UV", tmp_path / "uv")
+    monkeypatch.setattr(setup_env, "pip", lambda *args: calls.append(args) or True)
+    setup_env.install("--no-deps", "thing")
+    # Nor where uv is and fails, as it does beside a Python that is not there.
+    (tmp_path / "uv").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "uv").chmod(0o755)
+    monkeypatch.setattr(setup_env, "VENV_PYTHON", Path(sys.executable))
+    setup_env.install("--no-deps", "thing")
+    assert calls == [("--no-deps", "thing")] * 2
 
 
 @pytest.fixture
