@@ -71,7 +71,6 @@ def scoring(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[C
     """Window scores of a prompt at one layer, in the ways that there are."""
     q = torch.randn(WINDOW, KV_HEADS * GROUP, DIM, device=device).to(dtype)
     k = torch.randn(tokens, KV_HEADS, DIM, device=device).to(dtype)
-    lse = torch.full(q.shape[:2], 12.0, device=device)
     layer = torch.empty(tokens - WINDOW, device=device)
     num_bytes = size_in_bytes(q, k) + 4 * KV_HEADS * (tokens - WINDOW)
 
@@ -88,28 +87,7 @@ def scoring(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[C
 
     yield case("window_scores")
     yield case("window_scores, layer score", size_in_bytes(layer), layer_score=layer)
-    yield case("window_scores, lse given", size_in_bytes(lse), lse=lse)
-    yield scoring_pages(q, k, num_bytes)
     yield scoring_requests(k)
-
-
-def scoring_pages(q: Tensor, k: Tensor, num_bytes: int) -> Case:
-    """The same keys in blocks of a KV cache, values beside them, in a random order."""
-    tokens, kv_heads, dim = k.shape
-    blocks = -(-tokens // BLOCK_SIZE)
-    cache = k.new_zeros(blocks, BLOCK_SIZE, kv_heads, 2 * dim)[..., :dim]
-    table = torch.randperm(blocks, device=k.device).int()[None]
-    for column, part in enumerate(k.split(BLOCK_SIZE)):
-        cache[table[0, column], : len(part)] = part
-    given = q, cache, table, (tokens,)
-    return Case(
-        "window_scores_paged",
-        f"M {tokens}",
-        lambda: window.window_scores_paged(*given, scale=SCALE, pool_kernel=POOL),
-        lambda: window.reference.window_scores_paged(*given, SCALE, POOL),
-        num_bytes + size_in_bytes(table),
-        tolerance=1e-3,
-    )
 
 
 def scoring_requests(k: Tensor) -> Case:
@@ -124,7 +102,7 @@ def scoring_requests(k: Tensor) -> Case:
         lambda: window.window_scores(
             q, k, scale=SCALE, pool_kernel=POOL, lengths=lengths
         ),
-        lambda: window.reference.window_scores(q, k, SCALE, POOL, None, lengths),
+        lambda: window.reference.window_scores(q, k, SCALE, POOL, lengths),
         size_in_bytes(q, k) + 4 * KV_HEADS * (tokens - REQUESTS * WINDOW),
         tolerance=1e-3,
     )

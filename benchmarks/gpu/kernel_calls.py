@@ -30,7 +30,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 
 def scores(device: torch.device, dtype: torch.dtype) -> None:
-    """Window scores of one request, of several, and of keys in pages."""
+    """Window scores of one request, and of several."""
     q = torch.randn(WINDOW, HEADS, DIM, device=device).to(dtype)
     k = torch.randn(TOKENS, KV_HEADS, DIM, device=device).to(dtype)
     scale = DIM**-0.5
@@ -43,16 +43,8 @@ def scores(device: torch.device, dtype: torch.dtype) -> None:
     got = window.window_scores(
         several, k, scale=scale, pool_kernel=POOL, lengths=LENGTHS
     )
-    want = window.reference.window_scores(several, k, scale, POOL, None, LENGTHS)
+    want = window.reference.window_scores(several, k, scale, POOL, LENGTHS)
     close(got, want, dtype)
-    blocks = -(-TOKENS // PAGE)
-    cache = k.new_zeros(blocks, PAGE, KV_HEADS, DIM)
-    table = torch.randperm(blocks, device=device).int()[None]
-    for column, part in enumerate(k.split(PAGE)):
-        cache[table[0, column], : len(part)] = part
-    given = q, cache, table, (TOKENS,)
-    got = window.window_scores_paged(*given, scale=scale, pool_kernel=POOL)
-    close(got, window.reference.window_scores_paged(*given, scale, POOL), dtype)
 
 
 def others(device: torch.device) -> None:

@@ -39,14 +39,5 @@ def naive(
     return scores
 
 
-def row_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Natural log of the sum of exp of each row's logits, fp32 ``[W, H]``."""
-    window, heads, _ = q.shape
-    keys = k.double().repeat_interleave(heads // k.shape[1], dim=1)
-    logits = torch.einsum("whd,mhd->whm", q.double(), keys) * scale
-    seen = torch.ones(window, len(k), dtype=torch.bool).tril(len(k) - window)
-    return logits.masked_fill(~seen[:, None], float("-inf")).logsumexp(-1).float()
-
-
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max() / want.abs().max())

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from vllm.v1.kv_cache_interface import (
@@ -39,7 +40,7 @@ from vllm.v1.kv_cache_interface import (
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES
 from asl_vllm.engine.worker import ranks as ranks_module
 from asl_vllm.engine.worker.ranks import Ranks
-from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.engine.worker.scratch import ScratchPages, scratch_spec
 from asl_vllm.prefill import Verdict
 from asl_vllm_testing.vllm_configs import LLAMA_SIZES, engine_config, model_dir
 from tests.contract.looking import parameters
@@ -249,7 +250,7 @@ def test_scratch_pages_in_the_pools_layout(layout: KVCacheLayout) -> None:
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16
     )
     scratch = ScratchPages(spec, 100, torch.device("cpu"))
-    scratch.lay_out(layout, 32)
+    scratch.lay_out(layout)
     assert scratch.pages.shape == (4, 2, 32, 128)
     assert scratch.pages.dtype == torch.bfloat16
     assert scratch.pages.untyped_storage().nbytes() == scratch.num_bytes
@@ -258,3 +259,33 @@ def test_scratch_pages_in_the_pools_layout(layout: KVCacheLayout) -> None:
     assert scratch.block_table.tolist() == [[0, 1, 2, 3]]
     heads_outside = scratch.pages.stride(1) > scratch.pages.stride(2)
     assert heads_outside == (layout is KVCacheLayout.LBHNC)
+
+
+@pytest.mark.parametrize(
+    ("version", "head_size", "dtype", "tokens"),
+    [
+        (3, 128, torch.bfloat16, 128),
+        (3, 64, torch.float16, 128),
+        (3, 256, torch.bfloat16, 80),
+        (3, 96, torch.bfloat16, 16),
+        (3, 128, torch.uint8, 16),
+        (2, 128, torch.bfloat16, 16),
+        (None, 128, torch.float32, 16),
+    ],
+)
+def test_flash_attention_3_has_pages_of_whole_tiles(
+    version: int | None, head_size: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """Its `impl` names the version; other backends have none."""
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=head_size, dtype=dtype
+    )
+    impl = SimpleNamespace(vllm_flash_attn_version=version)
+    ours = scratch_spec(spec, impl if version else SimpleNamespace())
+    assert ours == spec.copy_with_new_block_size(tokens)
+    assert "self.vllm_flash_attn_version" in inspect.getsource(FlashAttentionImpl)
+    # 1000 tokens in whole pages, whose bytes are as many a token as the pool's.
+    scratch = ScratchPages(ours, 1000, torch.device("cpu"))
+    pages = -(-1000 // tokens)
+    assert scratch.num_bytes == pages * tokens * spec.page_size_bytes // 16
+    assert scratch.block_table.shape == (1, pages)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from asl_kernels.block_table_view import block_table_view
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
-from asl_kernels.window_scores import window_scores, window_scores_paged
+from asl_kernels.window_scores import window_scores
 from asl_vllm_testing.imports import MODULES, imports_of
 from asl_vllm_testing.toy import job, run
 
@@ -62,13 +62,6 @@ def call_window_scores(device: torch.device) -> Any:
     return window_scores(q, k, scale=0.5, pool_kernel=3)
 
 
-def call_window_scores_paged(device: torch.device) -> Any:
-    q = zeros(device, 8, 2, 8, dtype=torch.float16)
-    cache = zeros(device, 3, 4, 1, 8, dtype=torch.float16)
-    table = zeros(device, 2, 3, dtype=torch.int32)
-    return window_scores_paged(q, cache, table, (9, 5), scale=0.5, pool_kernel=3)
-
-
 # What Triton's module calls it -> the call, its package, the reference's name of it.
 CALLS: dict[str, tuple[Call, str, str]] = {
     "block_table_view": (call_view, "block_table_view", "block_table_view"),
@@ -76,11 +69,6 @@ CALLS: dict[str, tuple[Call, str, str]] = {
     "gather_tokens": (call_gather_tokens, "gather_kept", "gather_tokens"),
     "rank_variance": (call_variance, "rank_variance", "rank_variance"),
     "window_scores": (call_window_scores, "window_scores", "window_scores"),
-    "window_scores_paged": (
-        call_window_scores_paged,
-        "window_scores",
-        "window_scores_paged",
-    ),
 }
 
 
@@ -153,11 +141,9 @@ import torch
 from asl_kernels.block_table_view import block_table_view
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
-from asl_kernels.window_scores import window_scores, window_scores_paged
+from asl_kernels.window_scores import window_scores
 k = torch.ones(9, 1, 8)
 window_scores(k[:4], k, scale=0.5, pool_kernel=3)
-table = torch.zeros(1, 2, dtype=torch.int32)
-window_scores_paged(k[:2], k[None], table, (9,), scale=0.5, pool_kernel=3)
 kept = torch.zeros(1, 2, dtype=torch.int64)
 gather_kept(k, k, kept)
 gather_tokens(k[:, 0], kept[0])

@@ -10,7 +10,7 @@ import torch
 from asl_kernels.block_table_view import block_table_view, reference
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
-from asl_kernels.window_scores import window_scores, window_scores_paged
+from asl_kernels.window_scores import window_scores
 from tests.triton.device import DEVICE, INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
@@ -26,7 +26,6 @@ def waiting_is_an_error() -> Iterator[None]:
 def test_no_operation_waits_for_the_device() -> None:
     q = torch.randn(64, 8, 64, device=DEVICE, dtype=torch.bfloat16)
     k = torch.randn(400, 2, 64, device=DEVICE, dtype=torch.bfloat16)
-    cache = torch.randn(30, 16, 2, 64, device=DEVICE, dtype=torch.bfloat16)
     table = torch.arange(26, dtype=torch.int32, device=DEVICE).view(2, 13)
     lens = torch.tensor([100, 200], dtype=torch.int32, device=DEVICE)
     out = torch.empty_like(table), torch.empty_like(lens)
@@ -36,7 +35,6 @@ def test_no_operation_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode(mode)
         scores = window_scores(q, k, scale=0.125, pool_kernel=7, lengths=(150, 250))
         window_scores(q, k, scale=0.125, pool_kernel=7)
-        window_scores_paged(q, cache, table, (150, 200), scale=0.125, pool_kernel=7)
         rank_variance(torch.stack([descending_ranks(row) for row in scores]), 20)
         gather_kept(k, k, kept)
         gather_tokens(k[:, 0], kept[0])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from asl_kernels.window_scores import reference, window_scores
+from asl_kernels.window_scores import reference
 from asl_kernels.window_scores import triton as kernels
-from asl_vllm_testing.window_scores import error, naive, row_lse
+from asl_vllm_testing.window_scores import error, naive
 from tests.triton.device import DEVICE, TOLERANCES, on_device, untouched
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -33,17 +33,11 @@ SHAPES = [
 
 
 def score(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None = None,
-    **options: int,
+    q: Tensor, k: Tensor, scale: float, pool_kernel: int, programs: int
 ) -> Tensor:
     """The kernels' scores, back on the CPU."""
-    given = None if lse is None else on_device(lse)
-    arguments = on_device(q), on_device(k), scale, pool_kernel, given
-    return kernels.window_scores(*arguments, **options).cpu()
+    arguments = on_device(q), on_device(k), scale, pool_kernel
+    return kernels.window_scores(*arguments, programs=programs).cpu()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,12 +54,6 @@ def test_matches_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert got.dtype == torch.float32
     assert error(got, want) < TOLERANCES[dtype]
 
-    lse = row_lse(q, k, scale)
-    given = score(q, k, scale, pool_kernel, lse, programs=programs)
-    given_want = reference.window_scores(q, k, scale, pool_kernel, lse)
-    assert error(given, given_want) < TOLERANCES[dtype]
-    assert error(given, want) < TOLERANCES[dtype]
-
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[5], SHAPES[6]], ids=str)
 def test_weighted_rows(shape: tuple[int, ...]) -> None:
@@ -73,14 +61,12 @@ def test_weighted_rows(shape: tuple[int, ...]) -> None:
     q, k = torch.randn(window, heads, dim), torch.randn(tokens, kv_heads, dim)
     scale = dim**-0.5
     weights = torch.rand(window).clamp(min=0.1)
-    for lse in (None, row_lse(q, k, scale)):
-        arguments = q, k, scale, pool_kernel, lse, None, None, weights
-        want = reference.window_scores(*arguments)
-        there = [on_device(x) if isinstance(x, Tensor) else x for x in arguments]
-        got = kernels.window_scores(*there, programs=programs).cpu()
-        assert error(got, want) < TOLERANCES[torch.float32]
-        assert error(got, reference.window_scores(*arguments[:5])) > 0.05
-        assert lse is None or torch.equal(lse, row_lse(q, k, scale))
+    arguments = q, k, scale, pool_kernel, None, None, weights
+    want = reference.window_scores(*arguments)
+    there = [on_device(x) if isinstance(x, Tensor) else x for x in arguments]
+    got = kernels.window_scores(*there, programs=programs).cpu()
+    assert error(got, want) < TOLERANCES[torch.float32]
+    assert error(got, reference.window_scores(*arguments[:4])) > 0.05
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -93,16 +79,9 @@ def test_large_logits(dtype: torch.dtype) -> None:
     q[..., 0] = 1
     k[..., 0] = torch.randint(-2, 3, (120, 2), generator=generator).to(dtype)
     for scale in (1.0, -1.0):
-        lse = row_lse(q, k, scale)
-        assert lse.abs().max() > 5e3
         want = naive(q, k, scale, 5)
         got = score(q, k, scale, 5, programs=4)
         assert error(got, want) < TOLERANCES[dtype]
-        # An fp32 lse of 1e4 says the sum only to 1e-3, but says the same to both.
-        given = score(q, k, scale, 5, lse, programs=4)
-        given_want = reference.window_scores(q, k, scale, 5, lse)
-        assert error(given, given_want) < TOLERANCES[dtype]
-        assert error(given, want) < 2e-3
 
 
 @pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarning")
@@ -110,11 +89,9 @@ def test_huge_logits_stay_finite() -> None:
     # Of 1e9, with rounding errors of 100: which key wins is left to chance, no more.
     q = torch.randn(4, 2, 16) * 1e4
     k = torch.randn(1, 2, 16).repeat(100, 1, 1) * 1e4
-    lse = row_lse(q, k, 0.25)
-    for given in (None, lse):
-        got = score(q, k, 0.25, 1, given, programs=4)
-        assert got.isfinite().all()
-        assert got.min() >= 0 and got.max() <= 4  # rows
+    got = score(q, k, 0.25, 1, programs=4)
+    assert got.isfinite().all()
+    assert got.min() >= 0 and got.max() <= 4  # rows
 
 
 @pytest.mark.parametrize("scale", [0, 1])
@@ -136,15 +113,12 @@ def test_strided_arguments(dtype: torch.dtype) -> None:
     packed = torch.randn(100, 2, 2, 64).to(dtype)  # K and V of a head side by side
     strided = packed[:, :, 0]
     by_head = packed[:, :, 0].transpose(0, 1).contiguous().transpose(0, 1)
-    lse = row_lse(q, strided, 0.125).t().contiguous().t()
     want = reference.window_scores(q.contiguous(), strided.contiguous(), 0.125, 7)
-    assert not (q.is_contiguous() or lse.is_contiguous())
+    assert not q.is_contiguous()
     for k in (strided, by_head):
         assert not k.is_contiguous()
         got = score(q, k, 0.125, 7, programs=6)
         assert error(got, want) < TOLERANCES[dtype]
-        given = score(q, k, 0.125, 7, lse, programs=6)
-        assert error(given, want) < TOLERANCES[dtype]
 
 
 def test_addresses_beyond_32_bits() -> None:
@@ -161,14 +135,11 @@ def test_addresses_beyond_32_bits() -> None:
 
 def test_only_the_output_is_written() -> None:
     q, k = torch.randn(4, 2, 16), torch.randn(100, 2, 16)
-    given = [on_device(tensor) for tensor in (q, k, row_lse(q, k, 0.25))]
+    given = [on_device(tensor) for tensor in (q, k)]
     before = [tensor.clone() for tensor in given]
     room = torch.empty(4, 96 + 10, device=DEVICE)
     out = room[1:3, 5:-5]
-    on_q, on_k, on_lse = given
-    assert (
-        kernels.window_scores(on_q, on_k, 0.25, 3, on_lse, programs=4, out=out) is out
-    )
+    assert kernels.window_scores(*given, 0.25, 3, programs=4, out=out) is out
     assert error(out.cpu(), reference.window_scores(q, k, 0.25, 3)) < FP32
     assert room[0].isnan().all() and room[3].isnan().all()
     assert room[:, :5].isnan().all() and room[:, -5:].isnan().all()
@@ -208,12 +179,3 @@ def test_queries_and_keys_that_overflow_show(
         k[slice(*rows), 0, 3] = value
         assert not reference.window_scores(q, k, 0.25, 1).isfinite().any()
         assert not score(q, k, 0.25, 1, programs=4).isfinite().any()
-
-
-def test_with_lse_the_keys_of_the_window_are_not_read() -> None:
-    q, k = torch.randn(8, 2, 16), torch.randn(100, 2, 16)
-    lse = row_lse(q, k, 0.25)
-    want = reference.window_scores(q, k, 0.25, 3)
-    k[-8:] = float("nan")
-    assert error(score(q, k, 0.25, 3, lse, programs=4), want) < FP32
-    assert error(window_scores(q, k, scale=0.25, pool_kernel=3, lse=lse), want) < FP32

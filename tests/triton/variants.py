@@ -100,30 +100,24 @@ def _products(
     window: int,
     group: int,
     dim: int,
-    page: int,
+    several: bool,
     outputs: dict[str, str],
     others: dict[str, str],
-    constants: dict[str, int | bool],
 ) -> Variant:
     """What the two kernels that multiply queries and keys have in common.
 
-    With pages of tokens there are several requests; without, there is one.
+    ``several``: requests, or only one.
     """
-    blocks, options = tiles.block_sizes(
-        window, group, dim, DTYPES[dtype], paged=page > 0
-    )
+    blocks, options = tiles.block_sizes(window, group, dim, DTYPES[dtype])
     pointers = types(dtype, "p_q", "p_k") | outputs
     strides = types("i32", "stride_q_token", "stride_q_head")
     strides |= types("i32", "stride_k_token", "stride_k_head")
-    fixed: dict[str, int | float | bool | None] = {**constants, **blocks}
-    fixed |= {"WINDOW": window, "GROUP": group, "DIM": dim, "PAGE": page}
-    if page:
-        pointers |= {"p_table": "*i32", "p_starts": "*i64"}
-        strides |= types("i32", "stride_k_page")
-        others = others | {"stride_table": "i32"}
+    fixed: dict[str, int | float | bool | None] = {**blocks}
+    fixed |= {"WINDOW": window, "GROUP": group, "DIM": dim}
+    if several:
+        pointers |= {"p_starts": "*i64"}
     else:
-        fixed |= dict.fromkeys(("p_table", "p_starts"))
-        strides |= types("i32", "stride_table", "stride_k_page")  # of 0
+        fixed["p_starts"] = None
     sizes = types("i32", "num_tokens", "split_tokens", "num_heads")
     return Variant(
         kernel,
@@ -134,19 +128,15 @@ def _products(
     )
 
 
-def statistics(dtype: str, window: int, group: int, dim: int, page: int) -> Variant:
+def statistics(dtype: str, window: int, group: int, dim: int, several: bool) -> Variant:
     outputs = types("*fp32", "p_max", "p_sum")
-    return _products(STATISTICS, dtype, window, group, dim, page, outputs, {}, {})
+    return _products(STATISTICS, dtype, window, group, dim, several, outputs, {})
 
 
-def mass(
-    dtype: str, window: int, group: int, dim: int, page: int, has_lse: bool
-) -> Variant:
+def mass(dtype: str, window: int, group: int, dim: int, several: bool) -> Variant:
     outputs = types("*fp32", "p_offset", "p_shift", "p_mass")
-    others = types("i32", "num_columns", "stride_lse_token", "stride_lse_head")
-    others["scale"] = "fp32"
-    constants = {"HAS_LSE": has_lse}
-    return _products(MASS, dtype, window, group, dim, page, outputs, others, constants)
+    others = types("i32", "num_columns")
+    return _products(MASS, dtype, window, group, dim, several, outputs, others)
 
 
 def combine() -> Variant:
@@ -170,12 +160,11 @@ def average(pool: int, parts: int, several: bool) -> Variant:
 
 
 def scoring(
-    dtype: str, window: int, group: int, dim: int, page: int
+    dtype: str, window: int, group: int, dim: int, several: bool
 ) -> Iterator[Variant]:
     """The kernels that multiply queries and keys."""
-    yield statistics(dtype, window, group, dim, page)
-    yield mass(dtype, window, group, dim, page, has_lse=False)
-    yield mass(dtype, window, group, dim, page, has_lse=True)
+    yield statistics(dtype, window, group, dim, several)
+    yield mass(dtype, window, group, dim, several)
 
 
 # Of each kernel and each way in which its tiles are chosen.
@@ -189,18 +178,18 @@ FEW = (
     final(),
     combine(),
     average(pool=7, parts=1, several=False),
-    statistics("*bf16", 32, 4, 128, page=0),
-    mass("*bf16", 32, 4, 128, page=0, has_lse=False),
-    statistics("*fp16", 32, 4, 80, page=16),
-    mass("*bf16", 32, 4, 128, page=16, has_lse=True),
-    statistics("*bf16", 64, 16, 256, page=0),
-    statistics("*fp32", 32, 4, 128, page=0),
-    mass("*fp32", 32, 4, 256, page=16, has_lse=False),
+    statistics("*bf16", 32, 4, 128, several=False),
+    mass("*bf16", 32, 4, 128, several=False),
+    statistics("*fp16", 32, 4, 80, several=True),
+    mass("*bf16", 32, 4, 128, several=True),
+    statistics("*bf16", 64, 16, 256, several=False),
+    statistics("*fp32", 32, 4, 128, several=False),
+    mass("*fp32", 32, 4, 256, several=True),
 )
 
 
 def every() -> Iterator[Variant]:
-    """Every head size and dtype with every block of rows, and the largest in pages."""
+    """Every head size and dtype with every block of rows."""
     yield view()
     for word, contiguous in itertools.product(BYTES, (True, False)):
         yield gather(word)
@@ -215,7 +204,6 @@ def every() -> Iterator[Variant]:
         if dtype == "*fp16" and dim != 128:  # as bf16
             continue
         for window, group in ROWS[:-1]:
-            yield statistics(dtype, window, group, dim, page=0)
-            yield mass(dtype, window, group, dim, page=0, has_lse=False)
-        for page in (0, 16):
-            yield from scoring(dtype, *ROWS[-1], dim, page)
+            yield from scoring(dtype, window, group, dim, several=False)
+        for several in (False, True):
+            yield from scoring(dtype, *ROWS[-1], dim, several)

@@ -16,7 +16,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker.attend_at import attend_at
@@ -60,7 +59,6 @@ class VllmDecoder(Ranks):
         self,
         model: Any,
         vllm_config: VllmConfig,
-        spec: AttentionSpec,
         shape: ModelShape,
         scratch: ScratchPages,
     ) -> None:
@@ -73,7 +71,7 @@ class VllmDecoder(Ranks):
         stock: Any = self._attentions[0].attn_backend.stock
         # A builder of our own: the runner's may own buffers of captured graphs.
         builder = stock.get_builder_cls()(
-            spec,
+            scratch.spec,
             [attention.layer_name for attention in self._attentions],
             vllm_config,
             shape.device,
@@ -81,7 +79,6 @@ class VllmDecoder(Ranks):
         self._chunks = ChunkMetadata(
             builder, scratch, settings_of(vllm_config).chunk_tokens
         )
-        self._block_size = spec.block_size
         self._fused = FusedLayers(self._layers)
 
     @torch.inference_mode()
@@ -127,24 +124,30 @@ class VllmDecoder(Ranks):
         values: torch.Tensor,
     ) -> None:
         """See `DecoderModel.load_prefix`."""
-        rows = self._pool_rows
-        pages = self._attentions[layer].kv_cache[block_ids]
-        self._scratch.pages[: len(pages)] = pages
-        rows.read(pages, keys, values)
+        attention: Any = self._attentions[layer]
+        self._pool_rows.read(attention.kv_cache[block_ids], keys, values)
+        slots = self._scratch.slots[: len(keys)]
+        attention.impl.do_kv_cache_update(
+            attention, keys, values, self._scratch.pages, slots
+        )
 
     @cached_property
     def _pool_rows(self) -> PoolRows:
         attention: Any = self._attentions[0]
-        pages, s = self._scratch.pages, self.shape
+        s, rows = self.shape, self._vllm_config.cache_config.block_size
+        pool = attention.kv_cache[:1]
+        page = torch.empty_strided(
+            pool.size(), pool.stride(), dtype=pool.dtype, device=pool.device
+        )
 
         def write(keys: torch.Tensor, values: torch.Tensor) -> None:
-            slots = self._scratch.slots[: self._block_size]
-            attention.impl.do_kv_cache_update(attention, keys, values, pages, slots)
+            slots = self._scratch.slots[:rows]
+            attention.impl.do_kv_cache_update(attention, keys, values, page, slots)
 
         return PoolRows(
-            pages[0],
-            (self._block_size, s.num_kv_heads, s.head_dim),
-            (self._block_size, s.num_kv_heads, s.value_dim),
+            page[0],
+            (rows, s.num_kv_heads, s.head_dim),
+            (rows, s.num_kv_heads, s.value_dim),
             s.dtype,
             write,
         )

@@ -22,7 +22,7 @@ from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
-from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.engine.worker.scratch import ScratchPages, scratch_spec
 from asl_vllm.engine.worker.warm_up import warm_up
 from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
 from asl_vllm.selection.policies import installed_policies
@@ -65,7 +65,10 @@ class PrefillWorkerMixin:
             config.window,
             host_chunk=settings.chunk_tokens if on_host else None,
         )
-        self._scratch = ScratchPages(self._prefill_spec, capacity, self.device)
+        impl = attention_layers(model)[0].impl
+        self._scratch = ScratchPages(
+            scratch_spec(self._prefill_spec, impl), capacity, self.device
+        )
         logger.info("asl_vllm: policy %s; %s", config.policy, self._memory_line())
 
     def _memory_line(self) -> str:
@@ -102,14 +105,11 @@ class PrefillWorkerMixin:
         """Makes the KV pool, then the queue of pruned prefills over it."""
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         cache_config = self.vllm_config.cache_config
-        self._scratch.lay_out(
-            cache_config.get_resolved_kv_cache_layout(), self._prefill_spec.block_size
-        )
+        self._scratch.lay_out(cache_config.get_resolved_kv_cache_layout())
         self._check_pages()
         decoder = VllmDecoder(
             self.model_runner.get_model(),
             self.vllm_config,
-            self._prefill_spec,
             self._prefill_shape,
             self._scratch,
         )
@@ -131,14 +131,15 @@ class PrefillWorkerMixin:
 
     def _check_pages(self) -> None:
         """Refuses pools whose blocks are split for the attention kernels."""
-        ours = tuple(self._scratch.pages.shape[1:])
+        tokens, scratch = self._prefill_spec.block_size, self._scratch
         for layer in attention_layers(self.model_runner.get_model()):
-            pool = tuple(layer.kv_cache.shape[1:])
-            if pool != ours:
+            block = layer.kv_cache[0]
+            rows = block.numel() * scratch.spec.block_size // scratch.pages[0].numel()
+            if rows != tokens:
                 raise UnsupportedError(
                     "KV blocks that the attention kernels take whole",
-                    f"blocks of {self._prefill_spec.block_size} tokens, shape {ours}, "
-                    f"in kernel blocks of shape {pool}",
+                    f"blocks of {tokens} tokens in kernel blocks of {rows}, shape "
+                    f"{tuple(block.shape)}",
                     "choose the kernels' --block-size",
                 )
 

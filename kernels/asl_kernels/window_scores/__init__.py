@@ -24,7 +24,6 @@ def window_scores(
     *,
     scale: float,
     pool_kernel: int,
-    lse: Tensor | None = None,
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
@@ -38,8 +37,8 @@ def window_scores(
     Several requests may be scored at once, none of which sees another's keys: their
     queries and keys are packed, and ``lengths`` says which are whose.
 
-    Bytes moved: K twice, once with ``lse``, and about ``12 * Hkv * (M - W)`` for sums
-    before and after pooling. FLOPs: ``4 * M * H * W * D``, half with ``lse``.
+    Bytes moved: K twice, and about ``12 * Hkv * (M - W)`` for sums before and after
+    pooling. FLOPs: ``4 * M * H * W * D``.
 
     Args:
         q: ``[n * W, H, D]`` queries of the last W tokens of each of n requests (one,
@@ -49,10 +48,6 @@ def window_scores(
             but the last dimension.
         scale: Factor of the logits, usually ``D ** -0.5``.
         pool_kernel: Width of the pooling in tokens; odd.
-        lse: fp32 ``[n * W, H]``, any strides: log of the sum of exp of each row's
-            scaled logits over its causal keys, as attention kernels return it (natural
-            log). Given, K is read once instead of twice and the window's keys not at
-            all. vLLM's backends keep theirs to themselves, so the engine has none.
         lengths: M of each request; None: there is one.
         layer_score: fp32 ``[sum(M - W)]``, contiguous; gets the scores' sum over the
             KV heads, without a kernel of its own on a GPU.
@@ -74,10 +69,10 @@ def window_scores(
         raise ValueError(
             f"lengths: got {sum(lengths)} tokens in all; k has {k.shape[0]}."
         )
-    _check(q, "k", k, [k.shape[0]] if lengths is None else lengths, pool_kernel)
+    _check(q, k, [k.shape[0]] if lengths is None else lengths, pool_kernel)
     requests = 1 if lengths is None else len(lengths)
-    _check_extras(q, requests, k.shape[0], lse, row_weights, layer_score)
-    arguments = q, k, scale, pool_kernel, lse, lengths, layer_score, row_weights
+    _check_extras(q, requests, k.shape[0], row_weights, layer_score)
+    arguments = q, k, scale, pool_kernel, lengths, layer_score, row_weights
     if q.is_cuda:
         # Here, so that a CPU build of torch needs no Triton.
         from asl_kernels.window_scores import triton
@@ -86,93 +81,17 @@ def window_scores(
     return reference.window_scores(*arguments)
 
 
-def window_scores_paged(
-    q: Tensor,
-    key_cache: Tensor,
-    block_table: Tensor,
-    lengths: Sequence[int],
-    *,
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None = None,
-    layer_score: Tensor | None = None,
-    row_weights: Tensor | None = None,
-) -> Tensor:
-    """`window_scores` of keys that lie in the pages of a KV cache.
-
-    Bytes moved: as there, and 4 for each key and KV head, twice without ``lse``.
-
-    Args:
-        q: ``[n * W, H, D]``, as there.
-        key_cache: ``[blocks, block_size, Hkv, D]``, strided in any way but in the last
-            dimension. Of vLLM 0.32's FlashAttention and Triton backends, whose layers
-            have ``kv_cache`` ``[blocks, Hkv, block_size, D + Dv]``, this is
-            ``kv_cache.transpose(1, 2)[..., :D]`` in every `KVCacheLayout`.
-        block_table: int32 ``[n, columns]``, rows contiguous: token j of request r is
-            in block ``block_table[r, j // block_size]``. Ids are not checked, since
-            that would wait for the device.
-        lengths: M of each request.
-        scale: As there.
-        pool_kernel: As there.
-        lse: As there.
-        layer_score: As there.
-        row_weights: As there.
-
-    Returns:
-        fp32 ``[Hkv, sum(M - W)]``, requests one after the other.
-
-    Raises:
-        ValueError: A shape, dtype, stride or device that does not fit. Quantized
-            caches (FP8, INT8) are refused.
-    """
-    check_shape("q", q, "[n * W, H, D]", None, None, None)
-    dim = q.shape[2]
-    layout = "[blocks, block_size, Hkv, D]"
-    check_shape("key_cache", key_cache, layout, None, None, None, dim)
-    if key_cache.dtype not in _DTYPES:
-        names = ", ".join(map(str, _DTYPES))
-        raise ValueError(
-            f"key_cache: got {key_cache.dtype}; allowed: {names}. A quantized cache "
-            "cannot be read without its scales: score its keys before they are "
-            "written, with window_scores."
-        )
-    _check(q, "key_cache", key_cache, lengths, pool_kernel)
-    check_shape("block_table", block_table, "[n, columns]", len(lengths), None)
-    check_dtype("block_table", block_table, torch.int32)
-    check_device("block_table", block_table, q.device)
-    check_rows_contiguous("block_table", block_table)
-    room = block_table.shape[1] * key_cache.shape[1]
-    if max(lengths) > room:
-        raise ValueError(
-            f"lengths: got {max(lengths)} tokens; the block table has room for {room}."
-        )
-    _check_extras(q, len(lengths), sum(lengths), lse, row_weights, layer_score)
-    arguments = (
-        *(q, key_cache, block_table, lengths, scale, pool_kernel),
-        *(lse, layer_score, row_weights),
-    )
-    if q.is_cuda:
-        # Here, so that a CPU build of torch needs no Triton.
-        from asl_kernels.window_scores import triton
-
-        return triton.window_scores_paged(*arguments)
-    return reference.window_scores_paged(*arguments)
-
-
-def _check(
-    q: Tensor, name: str, keys: Tensor, lengths: Sequence[int], pool_kernel: int
-) -> None:
-    """Checks what both functions take: queries and keys, whose name is ``name``."""
+def _check(q: Tensor, k: Tensor, lengths: Sequence[int], pool_kernel: int) -> None:
+    """Checks queries and keys."""
     rows, heads, _ = q.shape
-    kv_heads = keys.shape[-2]
+    kv_heads = k.shape[1]
     check_dtype("q", q, *_DTYPES)
-    check_device(name, keys, q.device)
+    check_device("k", k, q.device)
     check_rows_contiguous("q", q)
-    check_rows_contiguous(name, keys)
-    if min(rows, heads, *keys.shape[1:]) == 0:
+    check_rows_contiguous("k", k)
+    if min(rows, heads, *k.shape[1:]) == 0:
         raise ValueError(
-            f"q, {name}: got shapes {tuple(q.shape)}, {tuple(keys.shape)}; no size "
-            "may be 0."
+            f"q, k: got shapes {tuple(q.shape)}, {tuple(k.shape)}; no size may be 0."
         )
     if len(lengths) == 0 or rows % len(lengths):
         raise ValueError(
@@ -182,7 +101,7 @@ def _check(
     window = rows // len(lengths)
     if min(lengths) <= window:
         raise ValueError(
-            f"{name}: got M = {min(lengths)} tokens; wanted more than W = {window}."
+            f"k: got M = {min(lengths)} tokens; wanted more than W = {window}."
         )
     if heads % kv_heads:
         raise ValueError(f"q: got H = {heads}; wanted a multiple of Hkv = {kv_heads}.")
@@ -194,15 +113,10 @@ def _check_extras(
     q: Tensor,
     requests: int,
     tokens: int,
-    lse: Tensor | None,
     row_weights: Tensor | None,
     layer_score: Tensor | None,
 ) -> None:
     """Checks the optional tensors."""
-    if lse is not None:
-        check_shape("lse", lse, "[n * W, H]", *q.shape[:2])
-        check_dtype("lse", lse, torch.float32)
-        check_device("lse", lse, q.device)
     if row_weights is not None:
         check_shape("row_weights", row_weights, "[W]", q.shape[0] // requests)
         check_dtype("row_weights", row_weights, torch.float32)
@@ -215,4 +129,4 @@ def _check_extras(
         check_rows_contiguous("layer_score", layer_score)
 
 
-__all__ = ["window_scores", "window_scores_paged"]
+__all__ = ["window_scores"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ def window_scores(
     k: Tensor,
     scale: float,
     pool_kernel: int,
-    lse: Tensor | None = None,
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
@@ -22,52 +21,11 @@ def window_scores(
     """See `asl_kernels.window_scores.window_scores`; arguments are checked there."""
     if lengths is None:
         lengths = (k.shape[0],)
-    keys = torch.split(k, list(lengths))
-    options = lse, row_weights, layer_score
-    return _score(q, keys.__getitem__, lengths, scale, pool_kernel, *options)
-
-
-def window_scores_paged(
-    q: Tensor,
-    key_cache: Tensor,
-    block_table: Tensor,
-    lengths: Sequence[int],
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None = None,
-    layer_score: Tensor | None = None,
-    row_weights: Tensor | None = None,
-) -> Tensor:
-    """See `asl_kernels.window_scores.window_scores_paged`; the same holds."""
-    block_size = key_cache.shape[1]
-
-    def keys_of(request: int) -> Tensor:
-        length = lengths[request]
-        blocks = block_table[request, : -(-length // block_size)]
-        return key_cache.index_select(0, blocks).flatten(0, 1)[:length]
-
-    options = lse, row_weights, layer_score
-    return _score(q, keys_of, lengths, scale, pool_kernel, *options)
-
-
-def _score(
-    q: Tensor,
-    keys_of: Callable[[int], Tensor],
-    lengths: Sequence[int],
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    layer_score: Tensor | None,
-) -> Tensor:
-    """Scores one request after the other, ``[Hkv, M - W]`` each, side by side."""
-    window = q.shape[0] // len(lengths)
-    scores = []
-    for request in range(len(lengths)):
-        rows = slice(request * window, (request + 1) * window)
-        row_lse = None if lse is None else lse[rows]
-        options = scale, pool_kernel, row_lse, row_weights
-        scores.append(_score_one(q[rows], keys_of(request), *options))
+    queries, keys = q.chunk(len(lengths)), torch.split(k, list(lengths))
+    scores = [
+        _score_one(rows, own, scale, pool_kernel, row_weights)
+        for rows, own in zip(queries, keys, strict=True)
+    ]
     together = scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
     if layer_score is not None:
         torch.sum(together, dim=0, out=layer_score)
@@ -79,7 +37,6 @@ def _score_one(
     k: Tensor,
     scale: float,
     pool_kernel: int,
-    lse: Tensor | None,
     row_weights: Tensor | None,
 ) -> Tensor:
     """Scores ``[Hkv, M - W]`` of one request, q ``[W, H, D]``, k ``[M, Hkv, D]``."""
@@ -91,24 +48,17 @@ def _score_one(
     future = torch.ones(window, window, dtype=torch.bool, device=q.device).triu_(1)
     queries = (q.float() * scale).permute(1, 0, 2).reshape(kv_heads, -1, dim)
     scores = torch.empty(kv_heads, prefix, dtype=torch.float32, device=q.device)
-    # The window's own keys only serve to normalize.
-    columns = tokens if lse is None else prefix
     # A KV head at a time, in buffers that all heads share: neither K in fp32 nor the
     # attention of all heads is ever held at once, and no head pays for fresh pages.
-    logits = torch.empty(group * window, columns, dtype=torch.float32, device=q.device)
+    logits = torch.empty(group * window, tokens, dtype=torch.float32, device=q.device)
     weights = torch.empty_like(logits)
     for head in range(kv_heads):
-        torch.mm(queries[head], k[:columns, head].float().t(), out=logits)
-        if lse is None:
-            by_row = logits.view(group, window, tokens)
-            by_row[..., prefix:].masked_fill_(future, float("-inf"))
-            torch.softmax(logits, dim=-1, out=weights)
-        else:
-            by_head = lse.t()[head * group : (head + 1) * group]
-            # No weight exceeds 1, however coarse a large lse.
-            logits.sub_(by_head.reshape(-1, 1)).clamp_(max=0)
-            torch.exp(logits, out=weights)
-        attention = weights.view(group, window, columns)[..., :prefix]
+        torch.mm(queries[head], k[:, head].float().t(), out=logits)
+        by_row = logits.view(group, window, tokens)
+        # The window's own keys only serve to normalize.
+        by_row[..., prefix:].masked_fill_(future, float("-inf"))
+        torch.softmax(logits, dim=-1, out=weights)
+        attention = weights.view(group, window, tokens)[..., :prefix]
         if row_weights is not None:
             attention.mul_(row_weights[:, None])
         mass = attention.sum(dim=1)

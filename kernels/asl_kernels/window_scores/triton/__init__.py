@@ -1,6 +1,4 @@
-"""Window scores on a GPU, in Triton: K is read twice, or once where `lse` is given.
-
-Four kernels run in turn, of which the first two make up for a missing `lse`:
+"""Window scores on a GPU, in Triton: four kernels that read K twice.
 
 - `statistics.statistics_kernel`: largest logit and sum of each row, over a split of
   the keys;
@@ -11,6 +9,6 @@ Four kernels run in turn, of which the first two make up for a missing `lse`:
 
 from __future__ import annotations
 
-from asl_kernels.window_scores.triton.launch import window_scores, window_scores_paged
+from asl_kernels.window_scores.triton.launch import window_scores
 
-__all__ = ["window_scores", "window_scores_paged"]
+__all__ = ["window_scores"]

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from asl_kernels.window_scores.triton.loading import (
-    LOG2_E,
     LOWEST,
     dot_products,
     keys_of,
@@ -22,7 +21,6 @@ from asl_kernels.window_scores.triton.loading import (
 def mass_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
-    p_table: tl.tensor,
     p_starts: tl.tensor,
     p_offset: tl.tensor,
     p_shift: tl.tensor,
@@ -31,21 +29,14 @@ def mass_kernel(
     split_tokens: tl.tensor,
     num_heads: tl.tensor,
     num_columns: tl.tensor,
-    scale: tl.tensor,
     log2_scale: tl.tensor,
     stride_q_token: tl.tensor,
     stride_q_head: tl.tensor,
-    stride_table: tl.tensor,
-    stride_k_page: tl.tensor,
     stride_k_token: tl.tensor,
     stride_k_head: tl.tensor,
-    stride_lse_token: tl.tensor,
-    stride_lse_head: tl.tensor,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    HAS_LSE: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -55,15 +46,15 @@ def mass_kernel(
     Every row sees these keys, so there is no causal mask. A program takes the keys
     of one split, one request and KV head and ``BLOCK_ROWS`` rows, whose sums it keeps
     apart from those of the head's other rows. Offset and shift are those of
-    `combine_kernel`; with ``HAS_LSE``, offset is ``lse`` instead and shift is not read.
+    `combine_kernel`.
 
-    Shapes: q, k, table and starts as in `statistics_kernel`; offset and shift fp32
-    ``[n, Hkv, R]``, ``lse`` fp32 ``[n * W, H]``, mass fp32 ``[R / BLOCK_ROWS, Hkv,
-    num_columns]``, where ``num_columns`` is the sum of all requests' M - W.
+    Shapes: q, k and starts as in `statistics_kernel`; offset and shift fp32
+    ``[n, Hkv, R]``, mass fp32 ``[R / BLOCK_ROWS, Hkv, num_columns]``, where
+    ``num_columns`` is the sum of all requests' M - W.
     Units: mass in rows of attention: a head's sums to at most R; ``log2_scale`` as in
-    `statistics_kernel`, ``scale`` in nats per dot product.
+    `statistics_kernel`.
     Bytes moved: K once (blocks of rows share it in cache), mass once, q and the
-    statistics once a split, and with pages 4 for each key and KV head.
+    statistics once a split.
     FLOPs: ``2 * (M - W) * Hkv * R * D`` and an exp2 for each of ``(M - W) * Hkv * R``
     weights, for each request.
     """
@@ -79,15 +70,9 @@ def mass_kernel(
     b_q = o_q  # stands for rows that no block covers
     if BLOCK_DIM >= DIM:
         b_q = load_rows(p_q, o_q, m_rows, 0, DIM, BLOCK_DIM)
-    if HAS_LSE:
-        o_lse = query_offsets(
-            i_request, i_head, o_rows, stride_lse_token, stride_lse_head, WINDOW, GROUP
-        )
-        b_lse = tl.load(p_offset + o_lse, mask=m_rows, other=-LOWEST)
-    else:
-        o_stats = i_pair.to(tl.int64) * ROWS + o_rows
-        b_offset = tl.load(p_offset + o_stats, mask=m_rows, other=0.0)
-        b_shift = tl.load(p_shift + o_stats, mask=m_rows, other=LOWEST)
+    o_stats = i_pair.to(tl.int64) * ROWS + o_rows
+    b_offset = tl.load(p_offset + o_stats, mask=m_rows, other=0.0)
+    b_shift = tl.load(p_shift + o_stats, mask=m_rows, other=LOWEST)
 
     first = tl.program_id(1) * split_tokens
     end = tl.minimum(first + split_tokens, num_keys - WINDOW)
@@ -99,30 +84,22 @@ def mass_kernel(
         b_dots = dot_products(
             p_q,
             p_k,
-            p_table,
             b_q,
             o_q,
             m_rows,
-            i_request,
             i_first,
             i_head,
             o_keys,
             m_keys,
-            stride_table,
-            stride_k_page,
             stride_k_token,
             stride_k_head,
-            PAGE,
             True,
             DIM,
             BLOCK_DIM,
             BLOCK_ROWS,
             BLOCK_KEYS,
         )
-        if HAS_LSE:
-            b_bits = (b_dots * scale - b_lse[None, :]) * LOG2_E
-        else:
-            b_bits = (b_dots - b_offset[None, :]) * log2_scale + b_shift[None, :]
+        b_bits = (b_dots - b_offset[None, :]) * log2_scale + b_shift[None, :]
         # No weight exceeds 1, however the rounding of huge dot products differs between
         # here and where the statistics were taken. Not a number stays so: queries or
         # keys that overflow must show.

@@ -1,10 +1,8 @@
-"""Launches the window-score kernels, for packed keys and for keys in pages."""
+"""Launches the window-score kernels, in turn."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -27,42 +25,18 @@ from asl_kernels.window_scores.triton.tiles import (
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Keys:
-    """Where the keys of the requests lie; see `loading`."""
+def _starts(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """int64 ``[n + 1]`` on the device: each request's first key; None: only one.
 
-    rows: Tensor
-    """``[sum(M), Hkv, D]``, or pages ``[blocks, PAGE, Hkv, D]``."""
-    table: Tensor | None
-    """int32 ``[n, columns]``; None: the keys are packed."""
-    lengths: Sequence[int]
-    """M of each request."""
-
-    @property
-    def page(self) -> int:
-        """Tokens a page; 0: the keys are packed."""
-        return 0 if self.table is None else self.rows.shape[1]
-
-    def strides(self) -> tuple[int, int, int, int]:
-        """Of the table's rows, pages, tokens and heads, in elements."""
-        if self.table is None:
-            return 0, 0, self.rows.stride(0), self.rows.stride(1)
-        page, token, head, _ = self.rows.stride()
-        return self.table.stride(0), page, token, head
-
-    def starts(self) -> Tensor | None:
-        """int64 ``[n + 1]`` on the device: each request's first key; None: only one.
-
-        Never waits for the device.
-        """
-        if len(self.lengths) == 1:
-            return None
-        first = [0]
-        for length in self.lengths:
-            first.append(first[-1] + length)
-        on_gpu = self.rows.is_cuda
-        starts = torch.tensor(first, dtype=torch.int64, pin_memory=on_gpu)
-        return starts.to(self.rows.device, non_blocking=True)
+    Never waits for the device.
+    """
+    if len(lengths) == 1:
+        return None
+    first = [0]
+    for length in lengths:
+        first.append(first[-1] + length)
+    starts = torch.tensor(first, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return starts.to(device, non_blocking=True)
 
 
 def window_scores(
@@ -70,80 +44,44 @@ def window_scores(
     k: Tensor,
     scale: float,
     pool_kernel: int,
-    lse: Tensor | None = None,
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
-    **launch_options: Any,
-) -> Tensor:
-    """See `asl_kernels.window_scores.window_scores`; arguments are checked there.
-
-    ``launch_options`` are those of `_score`.
-    """
-    keys = Keys(k, None, (k.shape[0],) if lengths is None else lengths)
-    options = lse, row_weights, layer_score
-    return _score(q, keys, scale, pool_kernel, *options, **launch_options)
-
-
-def window_scores_paged(
-    q: Tensor,
-    key_cache: Tensor,
-    block_table: Tensor,
-    lengths: Sequence[int],
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None = None,
-    layer_score: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    **launch_options: Any,
-) -> Tensor:
-    """See `asl_kernels.window_scores.window_scores_paged`; the same holds."""
-    keys = Keys(key_cache, block_table, lengths)
-    options = lse, row_weights, layer_score
-    return _score(q, keys, scale, pool_kernel, *options, **launch_options)
-
-
-def _score(
-    q: Tensor,
-    keys: Keys,
-    scale: float,
-    pool_kernel: int,
-    lse: Tensor | None,
-    row_weights: Tensor | None,
-    layer_score: Tensor | None,
     *,
     programs: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Scores all requests in one launch of each kernel.
+    """See `asl_kernels.window_scores.window_scores`; arguments are checked there.
+
+    All requests are scored in one launch of each kernel.
 
     Args:
-        q: ``[n * W, H, D]``.
-        keys: Theirs.
-        scale: Factor of the logits.
-        pool_kernel: Width of the pooling in tokens.
-        lse: fp32 ``[n * W, H]`` or None.
-        row_weights: fp32 ``[W]`` or None; they go into the exponents.
-        layer_score: fp32 ``[sum(M - W)]`` to write, or None.
+        q: As there.
+        k: As there.
+        scale: As there.
+        pool_kernel: As there.
+        lengths: As there.
+        layer_score: As there.
+        row_weights: As there; they go into the exponents.
         programs: Programs to launch, about; None: as many as the GPU runs at a time.
             The result depends on it only in the order of fp32 sums.
         out: fp32 ``[Hkv, sum(M - W)]`` to write and return; None: a new one.
     """
-    requests = len(keys.lengths)
+    if lengths is None:
+        lengths = (k.shape[0],)
+    requests = len(lengths)
     window, heads, dim = q.shape[0] // requests, q.shape[1], q.shape[2]
-    kv_heads = keys.rows.shape[-2]
+    kv_heads = k.shape[1]
     group = heads // kv_heads
-    total, longest = sum(keys.lengths), max(keys.lengths)
+    total, longest = k.shape[0], max(lengths)
     columns = total - requests * window
     scale = float(scale)  # Triton would compile an int of 1 in
     if scale < 0:
         # The maxima are those of the dot products: the scale must not turn them round.
         q, scale = -q, -scale
     log2_scale = scale * LOG2_E.value
-    dtype = torch.promote_types(q.dtype, keys.rows.dtype)
-    blocks, options = block_sizes(
-        window, group, dim, dtype, paged=keys.table is not None
-    )
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    blocks, options = block_sizes(window, group, dim, dtype)
     row_blocks = triton.cdiv(window * group, blocks["BLOCK_ROWS"])
     programs = programs or programs_of(q.device)
     tokens = split_tokens(
@@ -155,54 +93,50 @@ def _score(
 
     scores = empty(kv_heads, columns) if out is None else out
     mass = empty(row_blocks, kv_heads, columns)
-    starts = keys.starts()
-    where = (q, keys.rows, keys.table, starts)
-    strides = (q.stride(0), q.stride(1), *keys.strides())
-    shape = {"WINDOW": window, "GROUP": group, "DIM": dim, "PAGE": keys.page}
+    starts = _starts(lengths, k.device)
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
+    shape = {"WINDOW": window, "GROUP": group, "DIM": dim}
     first_axis = row_blocks * kv_heads * requests
     # Triton launches on the current device.
     with torch.cuda.device(q.device if q.is_cuda else -1):
-        if lse is None:
-            num_rows = requests * kv_heads * window * group
-            splits = triton.cdiv(longest, tokens)
-            split_max, split_sum = empty(splits, num_rows), empty(splits, num_rows)
-            offset, shift = empty(num_rows), empty(num_rows)
-            statistics_kernel[(first_axis, splits)](
-                *where,
-                split_max,
-                split_sum,
-                longest,
-                tokens,
-                kv_heads,
-                log2_scale,
-                *strides,
-                **shape,
-                **blocks,
-                **options,
-            )
-            combine_kernel[(triton.cdiv(num_rows, COMBINE_ROWS),)](
-                split_max,
-                split_sum,
-                offset,
-                shift,
-                splits,
-                num_rows,
-                log2_scale,
-                BLOCK_SPLITS=COMBINE_SPLITS,
-                BLOCK_ROWS=COMBINE_ROWS,
-            )
-            lse_strides = (0, 0)
-            if row_weights is not None:
-                # In bits; row r of a head is at window token r // G.
-                by_token = shift.view(requests, kv_heads, window, group)
-                by_token.add_(row_weights.log2()[:, None])
-        else:
-            if row_weights is not None:
-                lse = lse - row_weights.log().repeat(requests)[:, None]
-            offset = shift = lse
-            lse_strides = (lse.stride(0), lse.stride(1))
+        num_rows = requests * kv_heads * window * group
+        splits = triton.cdiv(longest, tokens)
+        split_max, split_sum = empty(splits, num_rows), empty(splits, num_rows)
+        offset, shift = empty(num_rows), empty(num_rows)
+        statistics_kernel[(first_axis, splits)](
+            q,
+            k,
+            starts,
+            split_max,
+            split_sum,
+            longest,
+            tokens,
+            kv_heads,
+            log2_scale,
+            *strides,
+            **shape,
+            **blocks,
+            **options,
+        )
+        combine_kernel[(triton.cdiv(num_rows, COMBINE_ROWS),)](
+            split_max,
+            split_sum,
+            offset,
+            shift,
+            splits,
+            num_rows,
+            log2_scale,
+            BLOCK_SPLITS=COMBINE_SPLITS,
+            BLOCK_ROWS=COMBINE_ROWS,
+        )
+        if row_weights is not None:
+            # In bits; row r of a head is at window token r // G.
+            by_token = shift.view(requests, kv_heads, window, group)
+            by_token.add_(row_weights.log2()[:, None])
         mass_kernel[(first_axis, triton.cdiv(longest - window, tokens))](
-            *where,
+            q,
+            k,
+            starts,
             offset,
             shift,
             mass,
@@ -210,12 +144,9 @@ def _score(
             tokens,
             kv_heads,
             columns,
-            scale,
             log2_scale,
             *strides,
-            *lse_strides,
             **shape,
-            HAS_LSE=lse is not None,
             **blocks,
             **options,
         )

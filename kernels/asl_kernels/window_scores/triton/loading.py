@@ -3,9 +3,8 @@
 Names: b_ block, i_ index, m_ mask, o_ offset, p_ pointer; strides are in elements,
 and addresses are computed in int64.
 
-Requests are numbered in the order of their queries; each has WINDOW rows of those. Its
-keys are either packed, those of all requests one after the other, or in pages: token j
-of request r then lies in page ``block_table[r, j // PAGE]`` at ``j % PAGE``.
+Requests are numbered in the order of their queries; each has WINDOW rows of those. The
+keys of all requests lie one after the other.
 
 R = W * H / Hkv rows of queries read one KV head. Of its group of G = H / Hkv query
 heads, row r is head r % G at window token r // G.
@@ -71,31 +70,6 @@ def query_offsets(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def key_offsets(
-    p_table: tl.tensor,
-    i_request: tl.tensor,
-    i_first: tl.tensor,
-    i_head: tl.tensor,
-    o_keys: tl.tensor,
-    m_keys: tl.tensor,
-    stride_table: tl.tensor,
-    stride_page: tl.tensor,
-    stride_token: tl.tensor,
-    stride_head: tl.tensor,
-    PAGE: tl.constexpr,
-) -> tl.tensor:
-    """Offsets of keys ``o_keys`` of a request and KV head; PAGE 0: packed keys."""
-    if PAGE > 0:
-        p_row = p_table + i_request.to(tl.int64) * stride_table
-        i_pages = tl.load(p_row + o_keys // PAGE, mask=m_keys, other=0)
-        o_tokens = i_pages.to(tl.int64) * stride_page
-        o_tokens += (o_keys % PAGE).to(tl.int64) * stride_token
-    else:
-        o_tokens = (i_first + o_keys) * stride_token
-    return o_tokens + i_head.to(tl.int64) * stride_head
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def load_rows(
     p_rows: tl.tensor,
     o_rows: tl.tensor,
@@ -114,20 +88,15 @@ def load_rows(
 def dot_products(
     p_q: tl.tensor,
     p_k: tl.tensor,
-    p_table: tl.tensor,
     b_q: tl.tensor,
     o_q: tl.tensor,
     m_rows: tl.tensor,
-    i_request: tl.tensor,
     i_first: tl.tensor,
     i_head: tl.tensor,
     o_keys: tl.tensor,
     m_keys: tl.tensor,
-    stride_table: tl.tensor,
-    stride_page: tl.tensor,
     stride_token: tl.tensor,
     stride_head: tl.tensor,
-    PAGE: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -139,19 +108,7 @@ def dot_products(
     ``b_q`` holds the rows where BLOCK_DIM covers them. Narrower blocks are read again
     and again from ``o_q``, so that neither rows nor keys are ever held whole.
     """
-    o_k = key_offsets(
-        p_table,
-        i_request,
-        i_first,
-        i_head,
-        o_keys,
-        m_keys,
-        stride_table,
-        stride_page,
-        stride_token,
-        stride_head,
-        PAGE,
-    )
+    o_k = (i_first + o_keys) * stride_token + i_head.to(tl.int64) * stride_head
     if BLOCK_DIM >= DIM:
         b_k = load_rows(p_k, o_k, m_keys, 0, DIM, BLOCK_DIM)
         b_dots = dot(b_k, b_q, None) if KEYS_FIRST else dot(b_q, b_k, None)

@@ -21,7 +21,6 @@ from asl_kernels.window_scores.triton.loading import (
 def statistics_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
-    p_table: tl.tensor,
     p_starts: tl.tensor,
     p_max: tl.tensor,
     p_sum: tl.tensor,
@@ -31,14 +30,11 @@ def statistics_kernel(
     log2_scale: tl.tensor,
     stride_q_token: tl.tensor,
     stride_q_head: tl.tensor,
-    stride_table: tl.tensor,
-    stride_k_page: tl.tensor,
     stride_k_token: tl.tensor,
     stride_k_head: tl.tensor,
     WINDOW: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -48,13 +44,12 @@ def statistics_kernel(
     A program takes the keys of one split, one request and KV head and ``BLOCK_ROWS``
     rows. Splits beyond a short request's keys say so: `LOWEST` and 0.
 
-    Shapes: q ``[n * W, H, D]`` of n requests; k ``[sum(M), Hkv, D]``, or pages
-    ``[blocks, PAGE, Hkv, D]`` with the table int32 ``[n, columns]``; starts int64
-    ``[n + 1]`` or None; max and sum fp32 ``[splits, n, Hkv, R]``.
+    Shapes: q ``[n * W, H, D]`` of n requests; k ``[sum(M), Hkv, D]``; starts
+    int64 ``[n + 1]`` or None; max and sum fp32 ``[splits, n, Hkv, R]``.
     Units: max in dot products, before the scale; ``log2_scale`` in bits per dot
     product, at least 0.
     Bytes moved: K once (blocks of rows share it in cache), q once a split,
-    ``8 * splits * n * Hkv * R``, and with pages 4 for each key and KV head.
+    ``8 * splits * n * Hkv * R``.
     FLOPs: ``2 * M * Hkv * R * D`` and an exp2 for each of ``M * Hkv * R`` logits, for
     each request.
     """
@@ -86,20 +81,15 @@ def statistics_kernel(
         b_dots = dot_products(
             p_q,
             p_k,
-            p_table,
             b_q,
             o_q,
             m_rows,
-            i_request,
             i_first,
             i_head,
             o_keys,
             m_keys,
-            stride_table,
-            stride_k_page,
             stride_k_token,
             stride_k_head,
-            PAGE,
             False,
             DIM,
             BLOCK_DIM,
@@ -116,20 +106,15 @@ def statistics_kernel(
         b_dots = dot_products(
             p_q,
             p_k,
-            p_table,
             b_q,
             o_q,
             m_rows,
-            i_request,
             i_first,
             i_head,
             o_keys,
             m_keys,
-            stride_table,
-            stride_k_page,
             stride_k_token,
             stride_k_head,
-            PAGE,
             False,
             DIM,
             BLOCK_DIM,

@@ -13,7 +13,7 @@ _PROGRAMS_PER_PROCESSOR = 2
 
 
 def block_sizes(
-    window: int, group: int, dim: int, dtype: torch.dtype, *, paged: bool
+    window: int, group: int, dim: int, dtype: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes, and Triton's launch options, for one shape.
 
@@ -29,9 +29,8 @@ def block_sizes(
     elif block_dim > 256:
         block_dim = 64
     elif block_dim <= 128:
-        # Two blocks of keys under way; Triton gives as many stages to the block
-        # numbers, which must come before them.
-        largest_rows, stages = 128, 5 if paged else 3
+        # Two blocks of keys under way.
+        largest_rows, stages = 128, 3
     rows = max(least_rows, triton.next_power_of_2(window * group))
     blocks = {
         "BLOCK_DIM": block_dim,
