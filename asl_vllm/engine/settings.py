@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,8 @@ def config_of_additional(additional_config: Any) -> AslConfig:
     Raises:
         ConfigError: the options are wrong.
     """
-    if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+    given = isinstance(additional_config, Mapping) and CONFIG_KEY in additional_config
+    if not given:
         return AslConfig()
     options = additional_config[CONFIG_KEY]
     return options if isinstance(options, AslConfig) else AslConfig.from_dict(options)

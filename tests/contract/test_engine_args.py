@@ -125,6 +125,23 @@ def test_additional_config_reaches_the_configuration() -> None:
     assert config.additional_config == mine
 
 
+def test_additional_config_that_is_no_dict_is_hashed_by_itself() -> None:
+    class Options:
+        def __init__(self, hashed: str) -> None:
+            self.hashed = hashed
+
+        def compute_hash(self) -> str:
+            return self.hashed
+
+    config = engine_config()
+    hashes = []
+    for options in (Options("a"), Options("a"), Options("b"), {"x": 1}, {"x": 2}):
+        config.additional_config = options
+        hashes.append(config.compute_hash())
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+
+
 def test_kv_transfer_config_fields() -> None:
     config = connector_config()
     assert isinstance(config, KVTransferConfig)

@@ -25,6 +25,7 @@ from asl_vllm.engine.frontend import (
     streams,
     usage,
 )
+from asl_vllm.engine.hashed import take_out_of_hash
 from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
 from asl_vllm.engine.settings import config_of_additional
 from asl_vllm.selection.policies import installed_policies
@@ -142,6 +143,7 @@ def install() -> None:
 
                 compat.check(vllm_config, config)
                 _take_worker(vllm_config)
+                take_out_of_hash(vllm_config)
                 run_batch.install()
                 endings.install()
             request.serve(vllm_config)
