@@ -114,8 +114,7 @@ class Row:
         """The layer after which only the kept tokens went on."""
         if self.report is None:
             return "-"
-        layer = self.report.get("selection_layer")
-        return "none" if layer is None else str(layer)
+        return str(self.report.get("selection_layer", "none"))
 
     @property
     def as_expected(self) -> bool:
@@ -390,7 +389,7 @@ def _ask_all(openai: ModuleType, url: str) -> bool:
     rows = [ask(client, build_prompt(), budget) for budget in BUDGETS]
     print(f"\nThe prompt, {rows[0].prompt_tokens} tokens: ... {FACT} ... {QUESTION}\n")
     print(render_table(rows))
-    if any(row.report and row.report["selection_layer"] is None for row in rows):
+    if any(row.report and row.selection_layer == "none" for row in rows):
         print(
             "Selection layer none: the layers did not come to agree on the tokens, so "
             "each\nkept its own; that frees as much of the cache but saves no prefill."

@@ -82,8 +82,7 @@ def row(demo, **changes):
         "text": " 7 3 9 1",
         "prompt_tokens": 2008,
         "report": {
-            "policy": "asl",
-            "budget": 128,
+            "budget_tokens": 128,
             "selection_layer": 4,
             "kept_tokens": 120,
             "pruned_tokens": 1888,
@@ -107,7 +106,7 @@ def test_row_of_a_whole_prompt(demo):
 
 
 def test_row_without_a_selection_layer(demo):
-    report = {"selection_layer": None, "kept_tokens": 120, "freed_blocks": 59}
+    report = {"kept_tokens": 120, "freed_blocks": 59}
     assert row(demo, report=report).cells()[5] == "none"
 
 

@@ -25,6 +25,9 @@ class PrunePlan(PrunedPrompt):
 
     policy: str
     budget: int | float
+    """As it was given."""
+    budget_tokens: int
+    """What it came to for this prompt."""
     num_prompt_tokens: int
     pruned_blocks: int
     block_size: int

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.prefill import PrefillReport
 
 
-def untouched_usage(num_prompt_tokens: int) -> dict[str, Any]:
-    """What a sequence without a budget says."""
-    return {
-        "policy": "none",
-        "budget": None,
-        "selection_layer": None,
-        "kept_tokens": num_prompt_tokens,
-        "pruned_tokens": 0,
-        "freed_blocks": 0,
-        "skipped_token_layers": 0,
-        "reused_tokens": 0,
-        "reused_token_layers": 0,
-        "rerun_token_layers": 0,
-    }
+@dataclass(frozen=True, kw_only=True)
+class PromptResult:
+    """What came of a prompt with a plan: ``kv_transfer_params``, under these names.
+
+    The policy, then counts, which are integers.
+    """
+
+    policy: str
+    budget_tokens: int
+    """What the budget came to."""
+    selection_layer: int | None
+    """None: none was selected, each layer chose its own or nothing was pruned."""
+    kept_tokens: int
+    pruned_tokens: int
+    freed_blocks: int
+    skipped_token_layers: int
+    reused_tokens: int
+    reused_token_layers: int
+    rerun_token_layers: int
+
+    def numbers(self) -> dict[str, int]:
+        """``usage.kv_cache``, which clients add up key by key: integers only.
+
+        What has no number here is left out.
+        """
+        return {k: v for k, v in asdict(self).items() if isinstance(v, int)}
 
 
-def sequence_usage(plan: PrunePlan, report: PrefillReport | None) -> dict[str, Any]:
-    """What one sequence says; without a ``report`` its prompt was not pruned."""
+def prompt_result(plan: PrunePlan, report: PrefillReport | None) -> PromptResult:
+    """Of one sequence; without a ``report`` its prompt was not pruned."""
     pruned_bands = report.pruned_bands if report else 0
     held = plan.in_force(pruned_bands)
-    return {
-        "policy": plan.policy,
-        "budget": plan.budget,
-        "selection_layer": report.selection_layer if report else None,
-        "kept_tokens": held.kept_tokens,
-        "pruned_tokens": held.pruned_tokens,
-        "freed_blocks": plan.freed_blocks(pruned_bands),
-        "skipped_token_layers": report.skipped_token_layers if report else 0,
-        "reused_tokens": report.reused_tokens if report else 0,
-        "reused_token_layers": report.reused_token_layers if report else 0,
-        "rerun_token_layers": report.rerun_token_layers if report else 0,
+    return PromptResult(
+        policy=plan.policy,
+        budget_tokens=plan.budget_tokens,
+        selection_layer=report.selection_layer if report else None,
+        kept_tokens=held.kept_tokens,
+        pruned_tokens=held.pruned_tokens,
+        freed_blocks=plan.freed_blocks(pruned_bands),
+        skipped_token_layers=report.skipped_token_layers if report else 0,
+        reused_tokens=report.reused_tokens if report else 0,
+        reused_token_layers=report.reused_token_layers if report else 0,
+        rerun_token_layers=report.rerun_token_layers if report else 0,
+    )
+
+
+def sum_of(results: Sequence[PromptResult]) -> PromptResult:
+    """The sequences of a request as one: counts add up, a common layer stays.
+
+    They have the request's policy in common.
+    """
+    layers = {result.selection_layer for result in results}
+    totals: dict[str, Any] = {
+        field.name: sum(getattr(result, field.name) for result in results)
+        for field in fields(PromptResult)
+        if field.name not in ("policy", "selection_layer")
     }
+    return PromptResult(
+        policy=results[0].policy,
+        selection_layer=layers.pop() if len(layers) == 1 else None,
+        **totals,
+    )

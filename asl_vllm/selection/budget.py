@@ -77,14 +77,20 @@ class PrunedPrompt:
         return self.num_prompt_tokens - self.pruned_tokens
 
 
+def budget_tokens(budget: int | float, *, num_prompt_tokens: int, minimum: int) -> int:
+    """A budget in tokens: a share is of N, rounded down, and at least ``minimum``."""
+    if isinstance(budget, int):
+        return budget
+    return max(minimum, math.floor(budget * num_prompt_tokens))
+
+
 def resolve_blocks(
     budget: int | float | None, *, num_prompt_tokens: int, block_size: int, window: int
 ) -> int:
     """Blocks of a prompt of N tokens that each layer prunes.
 
-    0 when nothing is to be pruned; otherwise the fewest that leave at most ``budget``
-    tokens. What is left is above ``window``. A share is of N, rounded down, and at
-    least the minimum budget.
+    0 when nothing is to be pruned; otherwise the fewest that leave at most the
+    budget's tokens. What is left is above ``window``.
 
     Args:
         budget: What `validate_budget` accepts.
@@ -94,13 +100,15 @@ def resolve_blocks(
     """
     if budget is None:
         return 0
-    if isinstance(budget, float):
-        minimum = minimum_budget(window, block_size)
-        budget = max(minimum, math.floor(budget * num_prompt_tokens))
-    if budget >= num_prompt_tokens:
+    tokens = budget_tokens(
+        budget,
+        num_prompt_tokens=num_prompt_tokens,
+        minimum=minimum_budget(window, block_size),
+    )
+    if tokens >= num_prompt_tokens:
         return 0
-    blocks = -(-(num_prompt_tokens - budget) // block_size)
-    assert window < num_prompt_tokens - blocks * block_size <= budget
+    blocks = -(-(num_prompt_tokens - tokens) // block_size)
+    assert window < num_prompt_tokens - blocks * block_size <= tokens
     return blocks
 
 

@@ -142,10 +142,11 @@ class Client:
         if not reply.choices or reply.usage is None:
             raise ServerError("the reply has no choice or no usage")
         kv_cache = getattr(reply.usage, "kv_cache", None)
+        told = getattr(reply, "kv_transfer_params", None)
         kept = served.kept(budget, len(token_ids)) if budget else len(token_ids)
-        if kept < len(token_ids) and (kv_cache is None or kv_cache["policy"] != policy):
+        if kept < len(token_ids) and (told is None or told["policy"] != policy):
             raise ServerError(
-                f"usage.kv_cache: got {kv_cache}; expected a report of {policy}"
+                f"kv_transfer_params: got {told}; expected a report of {policy}"
             )
         text = reply.choices[0].text
         return Reply(text, reply.usage.prompt_tokens, kv_cache)

@@ -186,7 +186,7 @@ def token_layers(
     """
     if num_layers is None:
         return None
-    if policy == "gemfilter" and report["selection_layer"] is not None:
+    if policy == "gemfilter" and report.get("selection_layer") is not None:
         # It starts over at layer 0, so it may compute more than a whole prefill, and
         # what it skipped is then reported as 0: docs/policies.md has the sum.
         layer, kept = int(report["selection_layer"]), int(report["kept_tokens"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asl_vllm.engine.frontend.usage import collect
+from asl_vllm.engine.result import PromptResult
 
 HEADERS = {
     "X-KV-Policy": "policy",
@@ -15,11 +14,11 @@ HEADERS = {
     "X-KV-Kept-Tokens": "kept_tokens",
     "X-KV-Pruned-Tokens": "pruned_tokens",
 }
-"""Header -> the key of ``usage.kv_cache`` that it repeats."""
+"""Header -> the part of a `PromptResult` that it shows, if it has one."""
 
 
 class KVUsageMiddleware:
-    """Opens a `RequestUsage` for each HTTP request.
+    """Opens a `RequestUsage` for each HTTP request; without a plan nothing is added.
 
     A streamed reply's headers leave before its prompt is prefilled, so it has none of
     ours; its last usage chunk has all.
@@ -37,16 +36,17 @@ class KVUsageMiddleware:
 
             async def send_with_headers(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    report = usage.report()
-                    if report is not None and message["status"] == 200:
-                        _add(message, report)
+                    result = usage.result()
+                    if result is not None and message["status"] == 200:
+                        _add(message, result)
                 await send(message)
 
             await self.app(scope, receive, send_with_headers)
 
 
-def _add(message: Message, report: dict[str, Any]) -> None:
+def _add(message: Message, result: PromptResult) -> None:
     headers = MutableHeaders(scope=message)
-    for header, key in HEADERS.items():
-        value = report[key]
-        headers[header] = "none" if value is None else str(value)
+    for header, name in HEADERS.items():
+        value = getattr(result, name)
+        if value is not None:
+            headers[header] = str(value)

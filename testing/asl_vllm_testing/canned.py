@@ -120,29 +120,24 @@ IDLE: dict[str, Any] = {
 }
 
 
-def completion(text: str, usage: dict[str, Any]) -> dict[str, Any]:
-    """A reply of ``/v1/completions``."""
+def completion(text: str, result: dict[str, Any] | None) -> dict[str, Any]:
+    """A reply of ``/v1/completions``, with what came of its prompt's plan."""
+    usage: dict[str, Any] = {"prompt_tokens": 2008, "completion_tokens": 6}
+    if result:
+        usage["kv_cache"] = {k: v for k, v in result.items() if k != "policy"}
     return {
         "id": "cmpl-1",
         "object": "text_completion",
         "model": POLICIES["model"],
         "choices": [{"index": 0, "text": text, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 2008, "completion_tokens": 6, **usage},
+        "usage": usage,
+        "kv_transfer_params": result,
     }
 
 
-UNPRUNED = {
-    "policy": "none",
-    "budget": None,
-    "selection_layer": None,
-    "kept_tokens": 2008,
-    "pruned_tokens": 0,
-    "freed_blocks": 0,
-    "skipped_token_layers": 0,
-}
 PRUNED = {
     "policy": "asl",
-    "budget": 0.25,
+    "budget_tokens": 502,
     "selection_layer": 13,
     "kept_tokens": 472,
     "pruned_tokens": 1536,
@@ -211,8 +206,7 @@ def make_app(canned: Canned) -> FastAPI:
                 {"error": {"message": "kv_budget: got 16; allowed: at least 64."}}, 400
             )
         await asyncio.sleep(canned.delay / (1 if budget is None else 3))
-        usage = UNPRUNED if budget is None else {**PRUNED, "budget": budget}
-        return JSONResponse(completion(canned.text, {"kv_cache": usage}))
+        return JSONResponse(completion(canned.text, PRUNED if budget else None))
 
     return app
 

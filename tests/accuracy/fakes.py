@@ -66,23 +66,26 @@ class FakeServer:
         usage: dict[str, Any] = {"prompt_tokens": len(body["prompt"])}
         usage |= {"completion_tokens": 4, "total_tokens": 0}
         policy = body.get("kv_policy", "none")
+        told = None
         if self.policies and policy != "none":
             kept, num_tokens = body["kv_budget"], len(body["prompt"])
+            told = {"policy": policy}
             usage["kv_cache"] = {
-                "policy": policy,
-                "budget": kept,
+                "budget_tokens": kept,
                 "selection_layer": 4,
                 "kept_tokens": kept,
                 "pruned_tokens": num_tokens - kept,
                 "skipped_token_layers": 5 * (num_tokens - kept),
             }
-        return 200, completion(f" {found[1]}" if found else " no", usage)
+        return 200, completion(f" {found[1]}" if found else " no", usage, told)
 
 
-def completion(text: str, usage: dict[str, Any]) -> dict[str, Any]:
+def completion(
+    text: str, usage: dict[str, Any], told: dict[str, Any] | None = None
+) -> dict[str, Any]:
     choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": None}
     head = {"id": "1", "object": "text_completion", "created": 0, "model": "tiny"}
-    return {**head, "choices": [choice], "usage": usage}
+    return {**head, "choices": [choice], "usage": usage, "kv_transfer_params": told}
 
 
 @contextmanager

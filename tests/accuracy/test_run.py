@@ -149,11 +149,11 @@ def test_a_server_that_is_down_is_given_up(server: FakeServer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("usage", "message"),
+    ("usage", "policy", "message"),
     [
-        ({}, "usage.kv_cache: got None; expected a report of asl"),
-        ({"kv_cache": {"policy": "snapkv"}}, "expected a report of asl"),
-        ({"prompt_tokens": 7}, "counts 7 prompt tokens of 396 sent"),
+        ({}, None, "kv_transfer_params: got None; expected a report of asl"),
+        ({}, "snapkv", "expected a report of asl"),
+        ({"prompt_tokens": 7}, "asl", "counts 7 prompt tokens of 396 sent"),
     ],
 )
 def test_replies_that_cannot_be_right_count_as_failed(
@@ -161,16 +161,18 @@ def test_replies_that_cannot_be_right_count_as_failed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     usage: dict[str, Any],
+    policy: str | None,
     message: str,
 ) -> None:
-    report = {"policy": "asl", "selection_layer": None, "kept_tokens": 76}
-    common = {"completion_tokens": 4, "total_tokens": 0}
-    if "prompt_tokens" in usage:
-        common["kv_cache"] = report  # type: ignore[assignment]
+    common = {
+        "completion_tokens": 4,
+        "total_tokens": 0,
+        "kv_cache": {"kept_tokens": 76},
+    }
 
     def handle(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         own = {"prompt_tokens": len(body["prompt"]), **common, **usage}
-        return 200, completion("1 2 3 4", own)
+        return 200, completion("1 2 3 4", own, {"policy": policy} if policy else None)
 
     server.handle = handle
     output = tmp_path / "out.json"

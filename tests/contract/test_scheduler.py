@@ -82,7 +82,7 @@ def test_once_loaded_the_last_prompt_token_is_an_ordinary_step(host: Host) -> No
     assert request.status == RequestStatus.FINISHED_LENGTH_CAPPED
     assert host.outputs[-1].kv_transfer_params == {
         "policy": "asl",
-        "budget": BUDGET,
+        "budget_tokens": BUDGET,
         "selection_layer": 3,
         "kept_tokens": KEPT,
         "pruned_tokens": PROMPT - KEPT,

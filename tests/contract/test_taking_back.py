@@ -125,7 +125,7 @@ def test_a_name_may_come_again_while_its_aborted_job_is_unreported(
     assert job.kept_tokens == KEPT
     (output,) = finish(host, "a")
     assert str(output.finish_reason) == "length"
-    assert output.kv_transfer_params["budget"] == BUDGET
+    assert output.kv_transfer_params["budget_tokens"] == BUDGET
     assert output.kv_transfer_params["selection_layer"] == 3
     assert whole(host, idle=True)
 

@@ -62,7 +62,7 @@ def test_a_batch_of_conversations(server: Server) -> None:
     reply = batch(server, kv_budget=128)
     assert reply.status_code == 200, reply.text
     usage = reply.json()["usage"]["kv_cache"]
-    assert [part["pruned_tokens"] for part in usage["sequences"]] == [PRUNED, 0]
+    assert (usage["pruned_tokens"], usage["budget_tokens"]) == (PRUNED, 2 * 128)
     assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
     assert reply.json()["choices"][0]["message"]["content"].split() == ANSWER
 

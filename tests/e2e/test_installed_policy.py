@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from asl_vllm_testing import policy_package
 from asl_vllm_testing.server import serve
@@ -20,12 +21,12 @@ def test_the_guides_policy_is_served(tmp_path: Path) -> None:
         offered = server.http.get("/v1/kv/policies").json()
         assert offered["policy"] == offered["policies"][-1] == "newest"
 
-        def ask(**fields: object) -> dict[str, object]:
+        def ask(**fields: object) -> dict[str, Any]:
             body = {"prompt": PROMPT, "max_tokens": 4, "kv_budget": 96, **fields}
             reply = server.post("/v1/completions", **body)
             assert reply.status_code == 200, reply.text
-            usage: dict[str, object] = reply.json()["usage"]["kv_cache"]
-            return usage
+            told: dict[str, Any] = reply.json()["kv_transfer_params"]
+            return told
 
         mine = ask()
         assert (mine["policy"], mine["selection_layer"]) == ("newest", 1)

@@ -60,7 +60,7 @@ def test_the_commands_of_the_api_print_what_it_says(server: Server) -> None:
         else:
             *_, last, done = re.findall(r"^data: (.*)$", printed, re.M)
             assert done == "[DONE]"
-            assert json.loads(last)["usage"]["kv_cache"]["budget"] == 0.25
+            assert json.loads(last)["usage"]["kv_cache"]["budget_tokens"] == 102
 
 
 def test_the_client_of_the_api(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -119,14 +120,14 @@ def test_the_openai_client(pruning: Server) -> None:
         extra_body={"kv_budget": 128},
     )
     assert answer.choices[0].text.split() == QUESTION.answer_words
-    assert answer.kv_transfer_params["budget"] == 128  # type: ignore[attr-defined]
+    assert answer.kv_transfer_params["budget_tokens"] == 128  # type: ignore[attr-defined]
     chat = pruning.openai.chat.completions.create(
         model=MODEL_NAME,
         messages=[{"role": "user", "content": QUESTION.text}],
         max_tokens=4,
         extra_body={"kv_budget": 128},
     )
-    assert chat.kv_transfer_params["budget"] == 128  # type: ignore[attr-defined]
+    assert chat.kv_transfer_params["budget_tokens"] == 128  # type: ignore[attr-defined]
     with pytest.raises(openai.BadRequestError, match="kv_budget"):
         pruning.openai.completions.create(
             model=MODEL_NAME, prompt="a b c", extra_body={"kv_budget": 2}
@@ -161,7 +162,7 @@ def test_responses_api(pruning: Server) -> None:
         "/v1/responses", input=QUESTION.text, kv_budget=64, max_output_tokens=4
     )
     assert good.status_code == 200, good.text
-    assert good.json()["kv_transfer_params"]["budget"] == 64
+    assert good.json()["kv_transfer_params"]["budget_tokens"] == 64
     bad = pruning.post("/v1/responses", input=QUESTION.text, kv_budget=3)
     assert_refused(bad, "kv_budget: got 3")
 
@@ -304,25 +305,89 @@ def test_many_clients_at_once(pruning: Server) -> None:
     assert sum(marks) >= len(marks) - 1
 
 
-def test_a_server_without_a_policy_refuses_budgets(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server without a policy."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with serve(log) as plain:
-        for path in PATHS:
-            for stream in (False, True):
-                response = send(plain, path, 64, stream=stream)
-                assert_refused(response, "started without --kv-policy")
-                response = send(plain, path, None, kv_policy="none", stream=stream)
-                assert_refused(response, "started without --kv-policy", "kv_policy")
-            assert send(plain, path, None, kv_policy=None).status_code == 200
-        # With nothing of ours in any reply.
-        reply = send(plain, "/v1/completions", None)
-        assert "kv_cache" not in reply.text
-        assert not [name for name in reply.headers if name.startswith("x-kv")]
-        assert "asl_" not in plain.http.get("/metrics").text
-        assert plain.http.get("/v1/kv/stats").status_code == 404
-        offline = plain.post(
-            "/v1/completions", prompt="a b", vllm_xargs={"kv_budget": 64}
-        )
-        assert_refused(offline, "started without --kv-policy")
+    with serve(log) as server:
+        yield server
+
+
+def test_a_server_without_a_policy_refuses_budgets(plain: Server) -> None:
+    for path in PATHS:
+        for stream in (False, True):
+            response = send(plain, path, 64, stream=stream)
+            assert_refused(response, "started without --kv-policy")
+            response = send(plain, path, None, kv_policy="none", stream=stream)
+            assert_refused(response, "started without --kv-policy", "kv_policy")
+        assert send(plain, path, None, kv_policy=None).status_code == 200
+    # With nothing of ours in any reply.
+    reply = send(plain, "/v1/completions", None)
+    assert "kv_cache" not in reply.text
+    assert not [name for name in reply.headers if name.startswith("x-kv")]
+    assert "asl_" not in plain.http.get("/metrics").text
+    assert plain.http.get("/v1/kv/stats").status_code == 404
+    offline = plain.post("/v1/completions", prompt="a b", vllm_xargs={"kv_budget": 64})
+    assert_refused(offline, "started without --kv-policy")
+
+
+MESSAGES = [{"role": "user", "content": QUESTION.text}]
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("/v1/completions", body("/v1/completions")),
+    "prompts": ("/v1/completions", {"prompt": [QUESTION.text, "the sky"], "n": 1}),
+    "stop": ("/v1/completions", body("/v1/completions") | {"stop": ["9"]}),
+    "stream": ("/v1/completions", body("/v1/completions") | USAGE),
+    "chat": ("/v1/chat/completions", {"messages": MESSAGES}),
+    "chat stream": ("/v1/chat/completions", {"messages": MESSAGES, **USAGE}),
+    "batch": ("/v1/chat/completions/batch", {"messages": [MESSAGES, MESSAGES]}),
+    "response": ("/v1/responses", {"input": QUESTION.text}),
+    "response stream": ("/v1/responses", {"input": QUESTION.text, "stream": True}),
+    "message": ("/v1/messages", {"messages": MESSAGES}),
+    "message stream": ("/v1/messages", {"messages": MESSAGES, "stream": True}),
+    "unknown field": ("/v1/completions", body("/v1/completions") | {"foo": 1}),
+    "no prompt": ("/v1/chat/completions", {}),
+    "score": (
+        "/generative_scoring",
+        {"query": "the sky", "items": ["is"], "label_token_ids": [5, 6]},
+    ),
+}
+"""Requests without a budget to every endpoint that generates."""
+OWN = {
+    *("id", "item_id", "request_id", "response_id", "system_fingerprint"),
+    *("created", "created_at", "completed_at"),
+}
+"""What differs from request to request, or from server to server, in vLLM too."""
+
+
+def alike(value: Any) -> Any:
+    """A reply less its ids and times."""
+    if isinstance(value, dict):
+        return {k: alike(v) if k not in OWN else type(v) for k, v in value.items()}
+    return [alike(part) for part in value] if isinstance(value, list) else value
+
+
+def all_of(response: httpx.Response) -> Any:
+    """Status, names of headers, and the body or the events, field for field."""
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines()]
+    return (
+        response.status_code,
+        sorted(response.headers),
+        [alike(json.loads(x)) if x.startswith(("{", "[{")) else x for x in lines],
+    )
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_without_a_budget_replies_are_vllms_own(
+    pruning: Server, plain: Server, kind: str
+) -> None:
+    path, asked = STOCK[kind]
+    length = {"max_output_tokens": 4} if path == "/v1/responses" else {"max_tokens": 4}
+    if path == "/generative_scoring":
+        length = {}
+    replies = [
+        all_of(server.post(path, temperature=0, **length, **asked))
+        for server in (pruning, plain)
+    ]
+    assert replies[0] == replies[1]
+    assert (replies[0][0] == 200) == (kind != "no prompt")

@@ -136,7 +136,7 @@ def test_endpoints_that_read_no_field_refuse_them(
 def result(**report: Any) -> dict[str, Any]:
     return {
         "policy": "asl",
-        "budget": 128,
+        "budget_tokens": 128,
         "selection_layer": 8,
         "kept_tokens": 123,
         "pruned_tokens": 288,
@@ -153,7 +153,7 @@ def test_a_messages_usage_has_the_proof() -> None:
     """Once its sequence has ended; before, as in a stream's first event, nothing."""
     usage.install()
     with usage.collect() as collected:
-        sequence = collected.sequence("m", 0, 411)
+        sequence = collected.sequence()
         before = AnthropicUsage(input_tokens=1, output_tokens=0)
         sequence.end(result())
         after = AnthropicUsage(input_tokens=1, output_tokens=4)
@@ -178,7 +178,7 @@ def test_the_batch_runner_collects_for_each_line(
     async def run_request(serving_engine_func: Any, request: Any, tracker: Any) -> Any:
         collected = usage._current.get()
         assert collected is not None
-        sequence = collected.sequence("line", 0, 411)
+        sequence = collected.sequence()
         await asyncio.sleep(0)
         sequence.end(result(kept_tokens=request))
         return UsageInfo(prompt_tokens=411)

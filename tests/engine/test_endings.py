@@ -13,9 +13,15 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from asl_vllm.engine.frontend import endings
 from asl_vllm.engine.frontend.usage import collect
 from asl_vllm.engine.frontend.usage import install as install_usage
+from asl_vllm.engine.result import PromptResult
 from asl_vllm_testing.vllm_configs import engine_config
 
-TOLD = {"policy": "asl", "budget": 64, "kept_tokens": 40}
+TOLD = {
+    **{"policy": "asl", "selection_layer": 3, "budget_tokens": 64},
+    **{"kept_tokens": 40, "pruned_tokens": 160, "freed_blocks": 5},
+    **{"skipped_token_layers": 960, "reused_tokens": 0},
+    **{"reused_token_layers": 0, "rerun_token_layers": 0},
+}
 
 
 @pytest.fixture
@@ -68,15 +74,13 @@ def test_a_stop_string(processor: OutputProcessor, before: int) -> None:
             made, _ = output(processor, 8, **told)
             told = {}
             assert made.kv_transfer_params is None
-            assert usage.report() is None
+            assert usage.result() is None
         made, aborts = output(processor, 9, **told)
     assert aborts == ["a"]
     assert made.finished
     assert made.outputs[0].finish_reason == "stop"
     assert made.kv_transfer_params == TOLD
-    report = usage.report()
-    assert report is not None
-    assert report["kept_tokens"] == 40
+    assert usage.result() == PromptResult(**TOLD)
 
 
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])

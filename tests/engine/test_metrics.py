@@ -18,7 +18,12 @@ from asl_vllm_testing.vllm_configs import engine_config
 SELECTED = PrefillReport(3, 700, 300, 0.5)
 NOT_SELECTED = PrefillReport(None, 920, 0, 0.25)
 PLAN = PrunePlan(
-    policy="asl", budget=100, num_prompt_tokens=164, pruned_blocks=2, block_size=32
+    policy="asl",
+    budget=100,
+    budget_tokens=100,
+    num_prompt_tokens=164,
+    pruned_blocks=2,
+    block_size=32,
 )
 SHORT = dataclasses.replace(PLAN, num_prompt_tokens=92, pruned_blocks=1)
 LABELS = ["model_name", "engine"]

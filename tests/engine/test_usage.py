@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
 from asl_vllm.engine.frontend import usage
 from asl_vllm.engine.frontend.usage import RequestUsage, collect
+from asl_vllm.engine.result import PromptResult
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +20,11 @@ def _installed() -> None:
     usage.install()
 
 
-def result(layer: int | None = 3, kept: int = 100, pruned: int = 64) -> dict[str, Any]:
+def told(layer: int | None = 3, kept: int = 100, pruned: int = 64) -> dict[str, Any]:
+    """As the engine tells it, in ``kv_transfer_params``."""
     return {
         "policy": "asl",
-        "budget": 128,
+        "budget_tokens": 128,
         "selection_layer": layer,
         "kept_tokens": kept,
         "pruned_tokens": pruned,
@@ -33,72 +36,69 @@ def result(layer: int | None = 3, kept: int = 100, pruned: int = 64) -> dict[str
     }
 
 
+def added_up(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Sums of usage as clients make them for calls in a batch (langchain-openai)."""
+    total = dict(total)
+    for key, value in new.items():
+        if isinstance(value, dict):
+            total[key] = added_up(total.get(key, {}), value)
+        elif type(value) is int:
+            total[key] = total.get(key, 0) + value
+        else:
+            raise ValueError(f"{key}: {value!r} cannot be added up")
+    return total
+
+
 def test_one_sequence_is_reported_as_it_is() -> None:
     request = RequestUsage()
-    assert request.report() is None
-    sequence = request.sequence("a", 0, 164)
-    assert request.report() is None
-    sequence.end(result())
-    assert request.report() == result()
+    assert request.result() is None
+    sequence = request.sequence()
+    assert request.result() is None
+    sequence.end(told())
+    assert request.result() == PromptResult(**told())
 
 
-def test_without_a_budget_the_whole_prompt_is_kept() -> None:
+def test_without_a_plan_there_is_nothing_to_say() -> None:
     request = RequestUsage()
-    request.sequence("a", 0, 164).end(None)
-    assert request.report() == {
-        "policy": "none",
-        "budget": None,
-        "selection_layer": None,
-        "kept_tokens": 164,
-        "pruned_tokens": 0,
-        "freed_blocks": 0,
-        "skipped_token_layers": 0,
-        "reused_tokens": 0,
-        "reused_token_layers": 0,
-        "rerun_token_layers": 0,
-    }
+    request.sequence().end(None)
+    assert request.result() is None
 
 
-def test_several_are_summed_and_listed_in_the_order_of_choices() -> None:
-    """Prompts in the order they were sent, whichever begins or ends first."""
+def test_several_are_summed_once_all_have_ended() -> None:
     request = RequestUsage()
-    assert [request.prompt(name) for name in ("first", "second")] == [0, 1]
-    begun = {
-        (name, index): request.sequence(name, index, 164)
-        for name in ("second", "first")
-        for index in (1, 0)
-    }
-    parts = {key: result(kept=10 * i, pruned=32 * i) for i, key in enumerate(begun, 1)}
-    for key, sequence in begun.items():
-        assert request.report() is None
-        sequence.end(parts[key])
-    report = request.report()
-    assert report is not None
-    order = [("first", 0), ("first", 1), ("second", 0), ("second", 1)]
-    assert report.pop("sequences") == [parts[key] for key in order]
-    assert report == {
-        "policy": "asl",
-        "budget": 128,
-        "selection_layer": 3,
-        "kept_tokens": 100,
-        "pruned_tokens": 320,
-        "freed_blocks": 10,
-        "skipped_token_layers": 640,
-        "reused_tokens": 0,
-        "reused_token_layers": 0,
-        "rerun_token_layers": 0,
-    }
+    begun = [request.sequence() for _ in range(3)]
+    for number, sequence in enumerate(begun, 1):
+        assert request.result() is None
+        sequence.end(told(kept=10 * number, pruned=32 * number))
+    assert request.result() == PromptResult(
+        **{**told(kept=60, pruned=192), "budget_tokens": 3 * 128}
+    )
 
 
-def test_what_differs_is_null_in_the_whole() -> None:
+def test_a_layer_that_differs_is_left_out_and_one_without_a_plan_adds_nothing() -> None:
     request = RequestUsage()
-    request.sequence("a", 0, 164).end(result(layer=3))
-    request.sequence("b", 0, 50).end({**result(layer=None), "policy": "none"})
-    report = request.report()
-    assert report is not None
-    assert (report["policy"], report["selection_layer"]) == (None, None)
-    assert report["budget"] == 128
-    assert [s["selection_layer"] for s in report["sequences"]] == [3, None]
+    for part in (told(layer=3), told(layer=None), None):
+        request.sequence().end(part)
+    whole = request.result()
+    assert whole is not None
+    assert (whole.policy, whole.selection_layer) == ("asl", None)
+    assert (whole.kept_tokens, whole.budget_tokens) == (200, 256)
+
+
+def test_usage_can_be_added_up_key_by_key() -> None:
+    """In any order, whether a layer was selected or a prompt was pruned at all."""
+    parts = [
+        PromptResult(**told(layer=layer, pruned=pruned)).numbers()
+        for layer, pruned in ((3, 64), (None, 0), (0, 32))
+    ]
+    assert ["selection_layer" in part for part in parts] == [True, False, True]
+    for order in itertools.permutations([{"kv_cache": part} for part in parts]):
+        total: dict[str, Any] = {}
+        for part in [*order, {"prompt_tokens": 3}]:
+            total = added_up(total, part)
+        assert total["kv_cache"]["pruned_tokens"] == 96
+    with pytest.raises(ValueError, match="selection_layer"):
+        added_up({}, told(layer=None) | {"policy": 0})
 
 
 @pytest.mark.parametrize(
@@ -120,33 +120,33 @@ def test_usage_models_carry_it_once_all_have_ended(model: Any, fields: Any) -> N
     assert "kv_cache" not in stock
     with collect() as request:
         assert model(**fields).model_dump_json() == stock
-        sequence = request.sequence("a", 0, 164)
+        sequence = request.sequence()
         assert model(**fields).model_dump_json() == stock
-        sequence.end(result())
+        sequence.end(told(layer=None))
         dumped = model(**fields).model_dump(exclude_unset=True, exclude_none=True)
-        assert dumped.pop("kv_cache") == {
-            key: value for key, value in result().items() if value is not None
-        }
+        numbers = {k: v for k, v in told().items() if type(v) is int}
+        del numbers["selection_layer"]
+        assert dumped.pop("kv_cache") == numbers
     assert model(**fields).model_dump_json() == stock
 
 
 def test_requests_side_by_side_do_not_mix() -> None:
     """Each HTTP request is a task, and its own tasks belong to it."""
 
-    async def request(name: str, kept: int) -> Any:
+    async def request(kept: int) -> Any:
         with collect() as mine:
             await asyncio.sleep(0)
 
             async def part() -> None:
                 current = usage._current.get()
                 assert current is mine
-                current.sequence(name, 0, kept).end(None)
+                current.sequence().end(told(kept=kept))
 
             await asyncio.create_task(part())
             await asyncio.sleep(0)
             return UsageInfo().model_dump()["kv_cache"]["kept_tokens"]
 
     async def both() -> list[Any]:
-        return await asyncio.gather(request("a", 5), request("b", 7))
+        return await asyncio.gather(request(5), request(7))
 
     assert asyncio.run(both()) == [5, 7]

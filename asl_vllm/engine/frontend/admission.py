@@ -26,7 +26,7 @@ from asl_vllm.engine.frontend.fields import (
 )
 from asl_vllm.engine.plan import PLAN_KEY, PrunePlan
 from asl_vllm.engine.settings import Settings
-from asl_vllm.selection.budget import resolve_blocks, shown
+from asl_vllm.selection.budget import budget_tokens, resolve_blocks, shown
 from asl_vllm.selection.policies import installed_policies
 
 
@@ -109,6 +109,11 @@ def plan_request(
     return PrunePlan(
         policy=policy,
         budget=budget,
+        budget_tokens=budget_tokens(
+            budget,
+            num_prompt_tokens=num_prompt_tokens,
+            minimum=settings.minimum_budget,
+        ),
         num_prompt_tokens=num_prompt_tokens,
         pruned_blocks=blocks,
         block_size=settings.block_size,

@@ -65,7 +65,7 @@ APIS: tuple[Api, ...] = (
         "/v1/chat/completions/batch",
         "vllm.entrypoints.openai.chat_completion.protocol.BatchChatCompletionRequest",
         BODY,
-        "`usage.kv_cache` with a part for each conversation, `X-KV-*` headers",
+        "`usage.kv_cache`, the sum over the conversations; `X-KV-*` headers",
     ),
     Api(
         "/v1/responses",

@@ -85,7 +85,7 @@ def _wrap_generate(original: Any) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if usage.name_prompt(request_id):
+        if usage.collecting():
             prompt = checked(
                 self.input_processor, prompt, sampling_params, request_id, kwargs
             )

@@ -22,75 +22,46 @@ from pydantic import BaseModel
 
 from asl_vllm.engine.frontend import endings
 from asl_vllm.engine.patching import change, together, wrap_method
-from asl_vllm.engine.result import untouched_usage
+from asl_vllm.engine.result import PromptResult, sum_of
 
 USAGE_FIELD = "kv_cache"
 """Name of the part of ``usage`` that is ours."""
 
-_TOTALS = (
-    *("kept_tokens", "pruned_tokens", "freed_blocks", "skipped_token_layers"),
-    *("reused_tokens", "reused_token_layers", "rerun_token_layers"),
-)
-_COMMON = ("policy", "budget", "selection_layer")
-
 
 class SequenceUsage:
-    """One sequence's part: None until it has ended, and for good where it failed."""
+    """One sequence's part; it has not ended yet, or for good where it failed."""
 
-    def __init__(self, num_prompt_tokens: int) -> None:
-        self._num_prompt_tokens = num_prompt_tokens
-        self.result: dict[str, Any] | None = None
+    def __init__(self) -> None:
+        self.ended = False
+        self.result: PromptResult | None = None
 
-    def end(self, result: dict[str, Any] | None) -> None:
-        """Takes the engine's result; None says that no budget was in force."""
-        self.result = result or untouched_usage(self._num_prompt_tokens)
+    def end(self, told: dict[str, Any] | None) -> None:
+        """Takes what the engine told; None says that it had no plan."""
+        self.ended = True
+        self.result = None if told is None else PromptResult(**told)
 
 
 class RequestUsage:
     """The sequences of one HTTP request: a prompt and a choice each."""
 
     def __init__(self) -> None:
-        self._prompts: dict[str, int] = {}
-        self._sequences: dict[tuple[int, int], SequenceUsage] = {}
+        self._sequences: list[SequenceUsage] = []
 
-    def prompt(self, request_id: str) -> int:
-        """The prompt's place; prompts are counted in the order first named."""
-        return self._prompts.setdefault(request_id, len(self._prompts))
+    def sequence(self) -> SequenceUsage:
+        """A sequence begins."""
+        self._sequences.append(SequenceUsage())
+        return self._sequences[-1]
 
-    def sequence(
-        self, request_id: str, index: int, num_prompt_tokens: int
-    ) -> SequenceUsage:
-        """A sequence begins: choice ``index`` of the prompt named ``request_id``."""
-        sequence = SequenceUsage(num_prompt_tokens)
-        self._sequences[self.prompt(request_id), index] = sequence
-        return sequence
+    def result(self) -> PromptResult | None:
+        """What came of the prompts, of those with a plan.
 
-    def report(self) -> dict[str, Any] | None:
-        """``usage.kv_cache``; None before the last sequence has ended.
-
-        Counts are sums over the sequences; ``policy``, ``budget`` and
-        ``selection_layer`` are null where they differ. Several sequences are listed
-        in ``sequences`` too, in the order of the reply's choices.
+        None before the last sequence has ended, and where there was no plan: such a
+        reply is vLLM's, untouched.
         """
-        results = [
-            sequence.result for _, sequence in sorted(self._sequences.items(), key=_key)
-        ]
-        ended = [result for result in results if result is not None]
-        if not ended or len(ended) < len(results):
+        results = [s.result for s in self._sequences if s.result is not None]
+        if not results or not all(sequence.ended for sequence in self._sequences):
             return None
-        if len(ended) == 1:
-            return dict(ended[0])
-        first = ended[0]
-        same = {name: all(r[name] == first[name] for r in ended) for name in _COMMON}
-        return {
-            **{name: first[name] if same[name] else None for name in _COMMON},
-            **{name: sum(r[name] for r in ended) for name in _TOTALS},
-            "sequences": ended,
-        }
-
-
-def _key(item: tuple[tuple[int, int], SequenceUsage]) -> tuple[int, int]:
-    return item[0]
+        return sum_of(results)
 
 
 _current: ContextVar[RequestUsage | None] = ContextVar("asl_vllm_usage", default=None)
@@ -110,15 +81,6 @@ def collect() -> Iterator[RequestUsage]:
 def collecting() -> bool:
     """Whether an HTTP request is being answered whose usage is collected."""
     return _current.get() is not None
-
-
-def name_prompt(request_id: str) -> bool:
-    """Gives a prompt its place in the order of choices; whether usage is collected."""
-    usage = _current.get()
-    if usage is None:
-        return False
-    usage.prompt(request_id)
-    return True
 
 
 @together()
@@ -166,10 +128,7 @@ def _wrap_add(original: Any) -> Any:
         usage = _current.get()
         if usage is not None and not request.resumable:
             state = self.request_states[request.request_id]
-            slot = usage.sequence(
-                request.external_req_id, request_index, state.prompt_len
-            )
-            setattr(state, endings.USAGE_SLOT, slot)
+            setattr(state, endings.USAGE_SLOT, usage.sequence())
 
     return add_request
 
@@ -178,7 +137,7 @@ def _wrap_usage(original: Any) -> Any:
     def __init__(self: Any, **data: Any) -> None:
         original(self, **data)
         usage = _current.get()
-        if usage is not None and (report := usage.report()) is not None:
-            setattr(self, USAGE_FIELD, report)
+        if usage is not None and (result := usage.result()) is not None:
+            setattr(self, USAGE_FIELD, result.numbers())
 
     return __init__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.engine.plan import PrunePlan, plan_of
-from asl_vllm.engine.result import sequence_usage
+from asl_vllm.engine.result import prompt_result
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
@@ -221,7 +222,7 @@ class SchedulerSide:
         self.tally.ended(plan.policy, _outcome(request, plan))
         if plan.pruned_blocks and report is None:
             return None
-        return sequence_usage(plan, report)
+        return asdict(prompt_result(plan, report))
 
     def tell(self, outputs: Iterable[EngineCoreOutput]) -> None:
         """Has the first output after a prefill say what came of it.
@@ -237,7 +238,7 @@ class SchedulerSide:
                 continue
             plan, report = self._plans[request_id], self._reports.get(request_id)
             if report is not None or not plan.pruned_blocks:
-                output.kv_transfer_params = sequence_usage(plan, report)
+                output.kv_transfer_params = asdict(prompt_result(plan, report))
                 self._untold.discard(request_id)
 
     def pruned_requests(self) -> list[dict[str, Any]]:

@@ -364,7 +364,7 @@ async function runOne(panel, form, budget) {
     });
     const seconds = (performance.now() - started) / 1000;
     answer.textContent = reply.choices?.[0]?.text ?? "";
-    panel.append(factsOf(reply.usage ?? {}, seconds));
+    panel.append(factsOf(reply, seconds));
     return "answered";
   } catch (error) {
     const stopped = error.name === "AbortError";
@@ -374,8 +374,10 @@ async function runOne(panel, form, budget) {
   }
 }
 
-function factsOf(usage, seconds) {
-  const cache = usage.kv_cache ?? {};
+function factsOf(reply, seconds) {
+  const usage = reply.usage ?? {};
+  // Without a budget the reply says nothing of it, and all of the prompt is kept.
+  const cache = usage.kv_cache ?? { kept_tokens: usage.prompt_tokens, freed_blocks: 0, skipped_token_layers: 0 };
   const count = (value) => (value === undefined || value === null ? "–" : whole.format(value));
   const list = make("dl", "facts");
   const rows = [
@@ -385,7 +387,7 @@ function factsOf(usage, seconds) {
     ["Freed blocks", count(cache.freed_blocks)],
     ["Selection layer", cache.selection_layer ?? "none"],
     ["Token-layers skipped", count(cache.skipped_token_layers)],
-    ["Policy", cache.policy ?? "–"],
+    ["Policy", reply.kv_transfer_params?.policy ?? "none"],
   ];
   for (const [name, value] of rows) {
     list.append(make("dt", "", name), make("dd", "", String(value)));
