@@ -331,21 +331,28 @@ def test_a_server_without_a_policy_refuses_budgets(plain: Server) -> None:
     assert_refused(offline, "started without --kv-policy")
 
 
-MESSAGES = [{"role": "user", "content": QUESTION.text}]
+def chat(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": needle(number, 600).text}]
+
+
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+# A prompt each: cached tokens depend on what was asked before, and on the pool.
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {
-    "completion": ("/v1/completions", body("/v1/completions")),
-    "prompts": ("/v1/completions", {"prompt": [QUESTION.text, "the sky"], "n": 1}),
-    "stop": ("/v1/completions", body("/v1/completions") | {"stop": ["9"]}),
-    "stream": ("/v1/completions", body("/v1/completions") | USAGE),
-    "chat": ("/v1/chat/completions", {"messages": MESSAGES}),
-    "chat stream": ("/v1/chat/completions", {"messages": MESSAGES, **USAGE}),
-    "batch": ("/v1/chat/completions/batch", {"messages": [MESSAGES, MESSAGES]}),
-    "response": ("/v1/responses", {"input": QUESTION.text}),
-    "response stream": ("/v1/responses", {"input": QUESTION.text, "stream": True}),
-    "message": ("/v1/messages", {"messages": MESSAGES}),
-    "message stream": ("/v1/messages", {"messages": MESSAGES, "stream": True}),
-    "unknown field": ("/v1/completions", body("/v1/completions") | {"foo": 1}),
+    "completion": ("/v1/completions", {"prompt": needle(101, 600).text}),
+    "prompts": ("/v1/completions", {"prompt": [needle(102, 600).text, "the sky"]}),
+    "stop": ("/v1/completions", {"prompt": needle(103, 600).text, "stop": ["9"]}),
+    "stream": ("/v1/completions", {"prompt": needle(104, 600).text, **USAGE}),
+    "chat": ("/v1/chat/completions", {"messages": chat(105)}),
+    "chat stream": ("/v1/chat/completions", {"messages": chat(106), **USAGE}),
+    "batch": ("/v1/chat/completions/batch", {"messages": [chat(107), chat(108)]}),
+    "response": ("/v1/responses", {"input": needle(109, 600).text}),
+    "response stream": (
+        "/v1/responses",
+        {"input": needle(110, 600).text, "stream": True},
+    ),
+    "message": ("/v1/messages", {"messages": chat(111)}),
+    "message stream": ("/v1/messages", {"messages": chat(112), "stream": True}),
+    "unknown field": ("/v1/completions", {"prompt": needle(113, 600).text, "foo": 1}),
     "no prompt": ("/v1/chat/completions", {}),
     "score": (
         "/generative_scoring",
