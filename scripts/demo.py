@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-MODEL = Path(__file__).resolve().parent.parent / "asl_vllm/assets/deep_retriever"
+MODEL = Path(__file__).resolve().parent.parent / "examples/deep_retriever"
 BLOCK_SIZE = 32
 
 # The method's, but for a shorter window: a budget of 128 would be a quarter window.

@@ -23,15 +23,17 @@ SERVERS = frozenset(
     {
         "test_data_parallel",
         "test_endpoints",
+        "test_examples",
         "test_faults",
         "test_fuzz",
-        "test_installed_policy",
         "test_pauses",
+        "test_prometheus",
         "test_readme",
         "test_server",
         "test_service",
         "test_service_scaled",
         "test_tensor_parallel",
+        "test_wheel",
     }
 )
 """Files of tests/e2e that start servers, or engines of several processes."""

@@ -15,7 +15,6 @@ import asl_vllm
 from asl_vllm_testing import scripts
 
 ROOT = Path(__file__).parent.parent
-ASSETS = ROOT / "asl_vllm" / "assets"
 PAGES = ROOT / "server" / "asl_server" / "pages"
 
 
@@ -73,7 +72,7 @@ def test_every_module_is_in_a_found_package(built, where):
         assert package in built.packages, f"{module}: its folder has no __init__.py"
 
 
-def test_assets_are_in_the_built_package(built):
+def test_the_page_is_in_the_built_package(built):
     built.include_package_data = False  # package-data alone; no listing by git
     command = built.get_command_obj("build_py")
     command.ensure_finalized()
@@ -82,10 +81,7 @@ def test_assets_are_in_the_built_package(built):
         for _, source, _, names in command.data_files
         for name in names
     }
-    folders = (ASSETS, PAGES)
-    found = (path for folder in folders for path in folder.rglob("*"))
-    on_disk = {path.relative_to(ROOT) for path in found if path.is_file()}
-    assert Path("asl_vllm/assets/deep_retriever/config.json") in on_disk
+    on_disk = {path.relative_to(ROOT) for path in PAGES.rglob("*") if path.is_file()}
     assert Path("server/asl_server/pages/index.html") in on_disk
     assert on_disk <= shipped
 

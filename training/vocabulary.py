@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-TOKENIZER_DIR = Path(__file__).parents[1] / "asl_vllm" / "assets" / "deep_retriever"
+TOKENIZER_DIR = Path(__file__).parents[1] / "examples" / "deep_retriever"
 """Where the tokenizer's files are: every model trained here gets a copy of them."""
 
 

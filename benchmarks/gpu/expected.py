@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
-MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
+MODEL = Path(__file__).parents[2] / "examples" / "deep_retriever"
 RULE: dict[str, Any] = {
     "window": 8,
     "pool_kernel": 7,

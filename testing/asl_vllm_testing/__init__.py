@@ -12,5 +12,5 @@ ROOT = Path(__file__).resolve().parents[2]
 """The repository."""
 TINY_MODEL = Path(__file__).parent / "models" / "tiny_retriever"
 """A model of ten layers that finds numbers in its prompt."""
-SHIPPED_MODEL = ROOT / "asl_vllm" / "assets" / "deep_retriever"
-"""The model of sixteen layers that the wheel has."""
+SHIPPED_MODEL = ROOT / "examples" / "deep_retriever"
+"""The model of sixteen layers that the demo and the examples serve."""

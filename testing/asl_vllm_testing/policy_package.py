@@ -1,4 +1,4 @@
-"""Builds and installs the package that docs/policies.md shows."""
+"""The package of a policy that docs/policies.md shows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,21 @@ def shown(language: str) -> str:
     return code
 
 
+def write(folder: Path) -> Path:
+    """The package's sources, from nothing but the guide's two files."""
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(shown("toml"))
+    (folder / "newest_policy.py").write_text(shown("python"))
+    return folder
+
+
 def install(folder: Path) -> Path:
-    """Installs the guide's package below ``folder``, from nothing but its two files.
+    """Installs the package below ``folder``.
 
     Returns:
         The folder to put on ``PYTHONPATH``.
     """
-    source, target = folder / "source", folder / "installed"
-    source.mkdir()
-    (source / "pyproject.toml").write_text(shown("toml"))
-    (source / "newest_policy.py").write_text(shown("python"))
+    source, target = write(folder / "source"), folder / "installed"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--target", str(target)]
     subprocess.run([*command, str(source)], check=True)

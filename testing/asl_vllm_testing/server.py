@@ -97,6 +97,7 @@ def serve_command(
     *,
     key: str = "none",
     certificate: tuple[Path, Path] | None = None,
+    cwd: Path | None = None,
     **env: str,
 ) -> Iterator[Server]:
     """Starts a server by ``command``, to which a free port is added; see `serve`."""
@@ -111,6 +112,7 @@ def serve_command(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=cwd,
             start_new_session=True,
         )
     scheme, authority = ("https", certificate[1]) if certificate else ("http", None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from asl_vllm_testing import harness
+from asl_vllm_testing import ROOT, SHIPPED_MODEL, harness, policy_package, wheel
 from asl_vllm_testing.random_model import RANDOM_SHAPE, write_random_model
-from asl_vllm_testing.server import Server, serve
+from asl_vllm_testing.server import Server, serve, serve_command
 from asl_vllm_testing.settings import SERVER_OPTIONS
 
 
@@ -24,6 +26,38 @@ def pruning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a policy, for all tests that only talk to it."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with serve(log, *SERVER_OPTIONS) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return wheel.build(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
+def wheel_python(
+    built_wheel: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    package = policy_package.write(folder / "policy")
+    return wheel.install(built_wheel[1], folder / "environment", package)
+
+
+@pytest.fixture(scope="session")
+def wheel_server(
+    wheel_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """As examples/README.md starts it, in an environment without the checkout."""
+    text = (ROOT / "examples" / "README.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*?)```", text, re.S)
+    _, _, model, *options = command.replace("\\\n", " ").split(maxsplit=3)
+    assert ROOT / model == SHIPPED_MODEL
+    arguments = [*shlex.split(*options), "--enforce-eager"]
+    folder = tmp_path_factory.mktemp("elsewhere")
+    started = [str(wheel_python), "-m", "vllm.entrypoints.cli.main", "serve"]
+    started += [str(SHIPPED_MODEL), *arguments, "--kv-cache-memory-bytes", "268435456"]
+    log = folder / "log.txt"
+    with serve_command(started, log, cwd=folder, PYTHONPATH="") as server:
         yield server
 
 

@@ -1,6 +1,6 @@
 """A package of another's adds a policy, as docs/policies.md says; bad ones are refused.
 
-tests/e2e/test_installed_policy.py serves the same package.
+tests/e2e/test_wheel.py serves the same package.
 """
 
 from __future__ import annotations

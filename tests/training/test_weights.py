@@ -15,7 +15,7 @@ from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 from training.model import ModelConfig
 
-MODEL = Path(__file__).parents[2] / "asl_vllm" / "assets" / "deep_retriever"
+MODEL = Path(__file__).parents[2] / "examples" / "deep_retriever"
 LENGTH, COUNT = 400, 4
 
 
