@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
 from asl_vllm import plugin
-from asl_vllm.engine.frontend import request
+from asl_vllm.engine.frontend import served
 from asl_vllm_testing import TINY_MODEL
 
 LLAMA_SIZES: dict[str, Any] = {
@@ -43,7 +43,7 @@ def quick_and_clean_vllm(
     """
     plugin.register()
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda function: function())
-    monkeypatch.setattr(request, "_served", None)
+    monkeypatch.setattr(served, "_served", None)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm_cache"))
     vllm.envs.disable_envs_cache()
     before = dict(os.environ)

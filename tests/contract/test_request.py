@@ -34,6 +34,7 @@ from vllm.entrypoints.openai.responses.protocol import (
     ResponsesResponse,
 )
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -141,6 +142,30 @@ def test_process_inputs_checks_a_clone_of_the_callers_parameters() -> None:
     assert ParentRequest(made).sampling_params is made.sampling_params
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_a_default_length_of_the_model_is_not_the_clients(model: type) -> None:
+    """Parameters carry from the body to the prompt's check which field was sent."""
+    config = engine_config({"policy": "asl", "window": 8}, block_size=32)
+    config.cache_config.num_gpu_blocks = 8  # 224 tokens
+    processor = InputProcessor(config)
+    field = "max_output_tokens" if model is ResponsesRequest else "max_tokens"
+
+    def length(**body: Any) -> int | None:
+        # vLLM takes the smaller of the client's and the generation config's.
+        asked = model(**MODELS[model], **body)
+        params = asked.to_sampling_params(body.get(field) or 40, {})
+        prompt: Any = {"prompt_token_ids": [7] * 200}
+        made = processor.process_inputs("a", prompt, params, ("generate",))
+        assert made.sampling_params is not None
+        return made.sampling_params.max_tokens
+
+    assert length() == length(**{field: None}) == 25
+    assert length(**{field: 25}) == 25
+    with pytest.raises(VLLMValidationError, match=f"Lower {field} to 25") as refused:
+        length(**{field: 40})
+    assert refused.value.parameter == field
+
+
 def test_the_asynchronous_form_is_the_patched_one() -> None:
     params = SamplingParams(extra_args={"kv_budget": 64})
 
@@ -223,7 +248,7 @@ def test_a_batch_is_split_into_chat_requests() -> None:
 
 
 def test_a_message_becomes_a_chat_request() -> None:
-    """Field by field; what it does not declare is dropped before."""
+    """Field by field; what it does not declare is not handed on."""
     message: Any = {"role": "user", "content": "x"}
     body = {"model": "m", "max_tokens": 4, "messages": [message], "others": 64}
     asked = AnthropicMessagesRequest(**body, vllm_xargs={"kv_budget": 64})
@@ -242,6 +267,7 @@ def test_handlers_of_endpoints_that_read_no_field() -> None:
             GenerativeScoringRequest,
         ),
         (ServingStructuredDecisions, "create_decision", StructuredDecisionRequest),
+        (ServingTokens, "serve_tokens", GenerateRequest),
     ):
         handler = original_of(owner, name) or getattr(owner, name)
         assert parameters(handler)[:3] == ("self", "request", "raw_request")
@@ -251,7 +277,8 @@ def test_handlers_of_endpoints_that_read_no_field() -> None:
 
 
 def test_token_requests_have_sampling_parameters() -> None:
-    """And drop fields that they do not declare."""
+    """And keep fields that they do not declare, once they may."""
     field = GenerateRequest.model_fields["sampling_params"]
     assert field.annotation is SamplingParams
-    assert GenerateRequest.model_config.get("extra") is None
+    body = {"token_ids": [1], "sampling_params": {}, "others": 64}
+    assert GenerateRequest.model_validate(body).model_extra == {"others": 64}

@@ -39,7 +39,7 @@ from vllm.v1.metrics.buckets import build_1_2_5_buckets, histogram_buckets
 
 from asl_server.app import KVEndpoints
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.frontend import engines, repeated_ids, request, usage
+from asl_vllm.engine.frontend import engines, repeated_ids, served, usage
 from asl_vllm.engine.messages import STATE_METHOD
 from asl_vllm.engine.scheduler import state
 from asl_vllm.engine.scheduler.metrics import PruningPromMetrics, PruningStats
@@ -73,7 +73,7 @@ def test_our_endpoints_are_vllms_kind_of_plugin() -> None:
 
 
 def routes_of(policy: dict[str, Any] | None) -> set[str]:
-    request.serve(engine_config(policy))
+    served.serve(engine_config(policy))
     app = FastAPI()
     attach_endpoint_plugins(app, ("generate",))
     return set(app.openapi()["paths"])

@@ -55,10 +55,13 @@ def request(
     return EngineCoreRequest(**{**fields, **(more or {})})
 
 
-def check(made: VllmConfig, asked: EngineCoreRequest) -> SamplingParams:
+def check(
+    made: VllmConfig, asked: EngineCoreRequest, length_field: str | None = "max_tokens"
+) -> SamplingParams:
     params, settings = asked.sampling_params, settings_of(made)
     assert params is not None
-    admit(settings, read(settings, params), asked)
+    given = read(settings, params)
+    admit(settings, given, asked, length_field=length_field)
     return params
 
 
@@ -101,16 +104,50 @@ def test_nothing_is_asked_of_a_request_without_a_policy(
     for made, budget in ((config(), 64), (config(budget=64), None)):
         asked = request(200, budget, policy="none", more=more, **sampling)
         assert plan_of(check(made, asked)) is None
-        refusal(made, request(200, budget, policy="snapkv", more=more, **sampling))
+        if budget:
+            refusal(made, request(200, budget, policy="snapkv", more=more, **sampling))
 
 
 def test_prompt_logprob_token_ids_are_refused_too() -> None:
     refusal(config(), request(200, 64, prompt_logprob_token_ids=[[1]] * 199))
 
 
-def test_a_default_budget_counts_like_a_requests_own() -> None:
-    error = refusal(config(budget=64), request(200, prompt_logprobs=1))
-    assert error.parameter == "kv_budget"
+def test_echo_with_logprobs_is_named_as_what_it_is() -> None:
+    """A client that sent these never heard of prompt_logprobs."""
+    assert "echo with logprobs" in str(
+        refusal(config(), request(200, 64, prompt_logprobs=1))
+    )
+
+
+@pytest.mark.parametrize("policy", [None, "snapkv"])
+@pytest.mark.parametrize(("sampling", "more", "said"), PRUNABLE)
+def test_a_default_budget_gives_way(
+    policy: str | None, sampling: dict[str, Any], more: dict[str, Any], said: str
+) -> None:
+    """The client asked for none: what cannot be pruned runs as without a policy."""
+    sampling = {**sampling, "skip_reading_prefix_cache": True}
+    for budget in (64, 0.25):
+        asked = request(200, policy=policy, more=more, **sampling)
+        params = check(config(budget=budget), asked)
+        assert plan_of(params) is None
+        assert params.skip_reading_prefix_cache is True
+    assert plan_of(check(config(budget=64), request(200))) is not None
+
+
+def test_a_default_budget_gives_way_to_a_long_prompt() -> None:
+    made = config(blocks=None, budget=64, max_prefill_tokens=300)
+    assert plan_of(check(made, request(300))) is not None
+    assert plan_of(check(made, request(301))) is None
+
+
+def test_what_must_fit_whole_is_offered_no_budget() -> None:
+    """The pool is the cause then, and a budget would be refused."""
+    made = config(budget=64)
+    message = str(refusal(made, request(400, prompt_logprobs=1)))
+    assert "400 prompt tokens do not fit the KV pool of 320 tokens" in message
+    assert message.count("kv_budget") == 0
+    message = str(refusal(made, request(300, prompt_logprobs=1, max_tokens=30)))
+    assert "Lower max_tokens to 21." in message
 
 
 def test_prompts_beyond_the_reserved_memory_are_refused() -> None:
@@ -281,6 +318,24 @@ def test_max_tokens_up_to_the_models_length_are_lowered() -> None:
     assert check(made, request(900, 64, max_tokens=124)).max_tokens == 124
     params = check(made, request(300, max_tokens=724, min_tokens=50))
     assert (params.max_tokens, params.min_tokens) == (21, 21)
+
+
+def test_a_length_that_no_client_sent_is_lowered() -> None:
+    """It comes from the model's generation config or is the API's default."""
+    params = check(config(), request(300, max_tokens=100, min_tokens=50), None)
+    assert (params.max_tokens, params.min_tokens) == (21, 21)
+    assert check(config(), request(500, 200, max_tokens=200), None).max_tokens == 141
+    assert check(config(), request(300, max_tokens=16), None).max_tokens == 16
+    with pytest.raises(VLLMValidationError, match="do not fit the KV pool"):
+        check(config(), request(400, max_tokens=16), None)
+
+
+def test_a_length_is_refused_under_the_name_it_was_sent_by() -> None:
+    for name in ("max_output_tokens", "max_completion_tokens"):
+        with pytest.raises(VLLMValidationError) as refused:
+            check(config(), request(300, max_tokens=22), name)
+        assert refused.value.parameter == name
+        assert f"Lower {name} to 21" in str(refused.value)
 
 
 def test_without_a_policy_nothing_is_checked() -> None:

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from asl_vllm.config import POLICY_NAMES, REUSE_MODES, SHALLOW_MODES, AslConfig
-from asl_vllm.engine.frontend import request
+from asl_vllm.engine.frontend import served
 from asl_vllm.engine.frontend.admission import read
 from asl_vllm.engine.frontend.fields import FIELDS, given_fields
 from asl_vllm.engine.settings import Settings
@@ -110,7 +110,7 @@ def test_the_schema_says_what_is_allowed(field: Any) -> None:
 def test_without_a_policy_fields_are_refused_before_a_reply_begins(
     where: str, name: str
 ) -> None:
-    request.serve(engine_config())
+    served.serve(engine_config())
     fields = {name: GOOD[name][0]}
     body = fields if where == "body" else {"vllm_xargs": fields}
     asked = CompletionRequest(prompt="x", **body)

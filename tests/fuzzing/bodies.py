@@ -25,7 +25,7 @@ SCHEMAS = {
     "/v1/chat/completions": "ChatCompletionRequest",
     "/v1/responses": "ResponsesRequest",
 }
-OURS = ("kv_budget", "kv_policy", "kv_shallow")
+OURS = ("kv_budget", "kv_policy", "kv_shallow", "kv_reuse")
 """Fields that are ours, where the server has them."""
 
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")

@@ -19,10 +19,12 @@ from vllm.v1.engine import EngineCoreRequest
 from asl_vllm.engine.frontend.fields import (
     BUDGET_FIELD,
     FIELDS,
+    NAMES,
     POLICY_FIELD,
     REUSE_FIELD,
     SHALLOW_FIELD,
     given_fields,
+    resembles,
 )
 from asl_vllm.engine.plan import PLAN_KEY, PrunePlan
 from asl_vllm.engine.settings import Settings
@@ -31,10 +33,20 @@ from asl_vllm.selection.policies import installed_policies
 
 
 def refuse(
-    message: str, value: Any, parameter: str = BUDGET_FIELD
+    message: str, value: Any, parameter: str | None = BUDGET_FIELD
 ) -> VLLMValidationError:
-    """A 400 that names the request field, by default ``kv_budget``."""
+    """A 400 that names the request field, by default ``kv_budget``; None: no one."""
     return VLLMValidationError(message, parameter=parameter, value=value)
+
+
+def refuse_name(name: str, value: Any) -> VLLMValidationError:
+    """A 400 for a name that was meant to be ours, with its value."""
+    return refuse(
+        f"{name} is no field of requests; got {shown(value)}. There are "
+        f"{', '.join(NAMES)}.",
+        shown(value),
+        name,
+    )
 
 
 def read(settings: Settings, params: SamplingParams) -> dict[str, Any]:
@@ -42,7 +54,7 @@ def read(settings: Settings, params: SamplingParams) -> dict[str, Any]:
 
     Raises:
         VLLMValidationError: a value is not allowed, or no policy is on, or this
-            server cannot do it.
+            server cannot do it, or a name was meant to be a field and is none.
     """
     given = given_fields(params)
     for field in FIELDS:
@@ -63,12 +75,18 @@ def read(settings: Settings, params: SamplingParams) -> dict[str, Any]:
             raise refuse(str(error), shown(value), field.name) from None
     if given.get(SHALLOW_FIELD) == "full":
         _check_full(given.get(POLICY_FIELD) or settings.config.policy)
-    if settings.config.enabled and PLAN_KEY in (params.extra_args or {}):
-        raise refuse(
-            f"{PLAN_KEY} is written by the server alone. Send {BUDGET_FIELD} instead.",
-            shown(params.extra_args),
-            PLAN_KEY,
-        )
+    if not settings.config.enabled:
+        return given
+    for name, value in (params.extra_args or {}).items():
+        if name == PLAN_KEY:
+            raise refuse(
+                f"{PLAN_KEY} is written by the server alone. Send {BUDGET_FIELD} "
+                "instead.",
+                shown(params.extra_args),
+                PLAN_KEY,
+            )
+        if value is not None and resembles(name):
+            raise refuse_name(name, value)
     return given
 
 
@@ -123,13 +141,18 @@ def plan_request(
 
 
 def admit(
-    settings: Settings, given: dict[str, Any], request: EngineCoreRequest
+    settings: Settings,
+    given: dict[str, Any],
+    request: EngineCoreRequest,
+    *,
+    length_field: str | None = "max_tokens",
 ) -> None:
     """Checks a request with these fields against its prompt and the pool.
 
-    Its parameters get the plan in place of the fields. Its ``max_tokens`` is lowered
-    where it stands for "as many as fit", that is, where it reaches up to
-    ``max_model_len``.
+    Its parameters get the plan in place of the fields; a default budget makes none for
+    a request that cannot be pruned. Its ``max_tokens`` is lowered where it stands for
+    "as many as fit", that is, where the client sent no ``length_field`` or where it
+    reaches up to ``max_model_len``.
 
     Raises:
         VLLMValidationError: the request can never run on this server.
@@ -140,9 +163,13 @@ def admit(
     prompt = request.prompt_token_ids
     num_prompt_tokens = len(prompt if prompt is not None else request.prompt_embeds)
     plan = plan_request(settings, given, num_prompt_tokens)
+    obstacle = _obstacle(settings, request, num_prompt_tokens)
+    if plan and plan.pruned_tokens and obstacle:
+        if BUDGET_FIELD in given:
+            raise refuse(obstacle, plan.budget)
+        plan = None
     pruned = plan.pruned_tokens if plan else 0
     if plan and pruned:
-        _check_prunable(settings, request, plan)
         if params.skip_reading_prefix_cache:
             plan = dataclasses.replace(plan, reuse="none")
         # Left set, this would make the scheduler ignore connectors.
@@ -151,16 +178,22 @@ def admit(
             # Until it is prefilled each band holds all of it, and should no layer be
             # selected, for good.
             pruned = 0
-    _check_fits(settings, given, params, num_prompt_tokens, pruned)
+    length = _length_that_fits(
+        settings, given, params, num_prompt_tokens, pruned, not obstacle, length_field
+    )
+    if length is not None:
+        params.max_tokens = length
+        params.min_tokens = min(params.min_tokens, length)
     others = {k: v for k, v in (params.extra_args or {}).items() if k not in given}
     params.extra_args = others or None
     if plan:
         plan.send_with(params)
 
 
-def _check_prunable(
-    settings: Settings, request: EngineCoreRequest, plan: PrunePlan
-) -> None:
+def _obstacle(
+    settings: Settings, request: EngineCoreRequest, num_prompt_tokens: int
+) -> str | None:
+    """Why a request's prompt cannot be pruned, and what would help; None: it can."""
     params = request.sampling_params
     assert params is not None
     reason = None
@@ -168,7 +201,10 @@ def _check_prunable(
         params.prompt_logprobs is not None
         or params.prompt_logprob_token_ids is not None
     ):
-        reason = "prompt_logprobs, which need every prompt token in every layer"
+        reason = (
+            "prompt_logprobs, which echo with logprobs asks for too: they need every "
+            "prompt token in every layer"
+        )
     elif request.prompt_embeds is not None:
         reason = "prompt embeddings"
     elif request.mm_features:
@@ -176,34 +212,36 @@ def _check_prunable(
     elif request.resumable:
         reason = "streamed input"
     if reason:
-        raise refuse(
+        return (
             f"{BUDGET_FIELD} cannot be combined with {reason}. Leave one of the two "
-            f"out; {BUDGET_FIELD}=1.0 prunes nothing.",
-            plan.budget,
+            f"out; {BUDGET_FIELD}=1.0 prunes nothing."
         )
     capacity = settings.prefill_capacity
-    if plan.num_prompt_tokens > capacity:
-        raise refuse(
-            f"the prompt has {plan.num_prompt_tokens} tokens; this server prunes "
-            f"prompts of up to {capacity} (max_prefill_tokens).",
-            plan.budget,
+    if num_prompt_tokens > capacity:
+        return (
+            f"the prompt has {num_prompt_tokens} tokens; this server prunes prompts of "
+            f"up to {capacity} (max_prefill_tokens). Send a shorter one, or no "
+            f"{BUDGET_FIELD}."
         )
+    return None
 
 
-def _check_fits(
+def _length_that_fits(
     settings: Settings,
     given: dict[str, Any],
     params: SamplingParams,
     num_prompt_tokens: int,
     pruned_tokens: int,
-) -> None:
+    prunable: bool,
+    length_field: str | None,
+) -> int | None:
+    """``max_tokens`` where it must be lowered; None: it fits as it is."""
     pool_blocks = usable_blocks(settings)
     if pool_blocks is None:
-        return
+        return None
     block_size = settings.block_size
     pool_tokens = pool_blocks * block_size
     held = num_prompt_tokens - pruned_tokens
-    prunable = num_prompt_tokens <= settings.prefill_capacity
     minimum = settings.minimum_budget
     if cdiv(held, block_size) > pool_blocks:
         kind = "kept prompt tokens" if pruned_tokens else "prompt tokens"
@@ -214,26 +252,26 @@ def _check_fits(
         raise refuse(
             f"{held} {kind} do not fit the KV pool of {pool_tokens} tokens. {remedy}.",
             given.get(BUDGET_FIELD),
+            BUDGET_FIELD if prunable else None,
         )
     # The last generated token is never written to the cache.
-    room = pool_tokens + pruned_tokens - num_prompt_tokens + 1
+    room = max(pool_tokens + pruned_tokens - num_prompt_tokens + 1, 1)
     assert params.max_tokens is not None
     if params.max_tokens <= room:
-        return
-    if num_prompt_tokens + params.max_tokens >= settings.max_model_len:
-        params.max_tokens = max(room, 1)
-        params.min_tokens = min(params.min_tokens, params.max_tokens)
-        return
-    remedy = f"Lower max_tokens to {room}"
+        return None
+    reaches = num_prompt_tokens + params.max_tokens >= settings.max_model_len
+    if length_field is None or reaches:
+        return room
+    remedy = f"Lower {length_field} to {room}"
     # A prompt that is pruned to this leaves room for all that was asked for.
     budget = pool_tokens - params.max_tokens + 1
     if prunable and budget >= minimum:
         remedy += f", or send a {BUDGET_FIELD} of {minimum} to {budget} tokens"
         remedy += _without(given)
     raise VLLMValidationError(
-        f"{held} prompt tokens and max_tokens={params.max_tokens} do not fit the KV "
-        f"pool of {pool_tokens} tokens. {remedy}.",
-        parameter="max_tokens",
+        f"{held} prompt tokens and {length_field}={params.max_tokens} do not fit the "
+        f"KV pool of {pool_tokens} tokens. {remedy}.",
+        parameter=length_field,
         value=params.max_tokens,
     )
 

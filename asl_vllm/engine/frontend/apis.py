@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
 from pydantic.fields import FieldInfo
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from asl_vllm.engine.frontend.admission import refuse
-from asl_vllm.engine.frontend.fields import FIELDS
+from asl_vllm.engine.frontend.fields import FIELDS, NAMES
+from asl_vllm.engine.frontend.places import (
+    IN_PARAMETERS,
+    LEAVE_OUT,
+    as_sent,
+    looks_misplaced,
+    path_to_ours,
+    refuse_misplaced,
+)
+from asl_vllm.engine.frontend.served import pruning
 from asl_vllm.engine.patching import (
     UpstreamDriftError,
     change,
@@ -44,8 +53,8 @@ class Api:
     """Where our fields are read, for the document; what the code does goes by it."""
     proof: str
     handler: tuple[str, str] | None = None
-    """The class and its method that refuses them, where nothing is read and extra
-    fields are let through."""
+    """The class and its method that refuses what is in no place to be read, where no
+    model does."""
 
 
 APIS: tuple[Api, ...] = (
@@ -92,6 +101,10 @@ APIS: tuple[Api, ...] = (
         "vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest",
         PARAMETERS,
         "`X-KV-*` headers, `kv_transfer_params`",
+        (
+            "vllm.entrypoints.scale_out.token_in_token_out.serving.ServingTokens",
+            "serve_tokens",
+        ),
     ),
     Api("/invocations", None, "as the endpoint that the body is of", "as there"),
     Api(
@@ -170,7 +183,8 @@ def install() -> None:
         if api.handler is not None:
             owner, name = api.handler
             parameters = ("self", "request", "raw_request")
-            wrap_method(_named(owner), name, parameters, _wrap_handler)
+            remedy = IN_PARAMETERS if api.reads == PARAMETERS else LEAVE_OUT
+            wrap_method(_named(owner), name, parameters, partial(_wrap_handler, remedy))
 
 
 def table() -> str:
@@ -198,6 +212,15 @@ def _declare(model: type, *, read: bool) -> None:
 
     def declare() -> None:
         missing = [field for field in FIELDS if field.name not in fields]
+        if missing:
+            # So that misplaced ones are seen, where vLLM drops what it does not know.
+            config = model.model_config  # type: ignore[attr-defined]
+            config["extra"] = config.get("extra", "allow")
+            if "vllm_xargs" in fields:
+                fields["vllm_xargs"].metadata.append(WrapValidator(as_sent))
+            if "sampling_params" in fields:
+                before = BeforeValidator(_refuse_in_parameters)
+                fields["sampling_params"].metadata.append(before)
         for field in missing:
             info: FieldInfo = Field(  # type: ignore[assignment]
                 default=None,
@@ -220,9 +243,20 @@ def _refuse_in_body(name: str, value: Any) -> Any:
     if value is None:
         return None
     raise ValueError(
-        f"{name} is not read in the body here; got {shown(value)}. Put it into "
-        "sampling_params.extra_args."
+        f"{name} is not read in the body here; got {shown(value)}. {IN_PARAMETERS}"
     )
+
+
+def _refuse_in_parameters(value: Any) -> Any:
+    """Names that vLLM's parameters do not have would be dropped."""
+    known = {"extra_args": None}
+    path = path_to_ours({**value, **known} if isinstance(value, dict) else value)
+    if path and pruning():
+        raise ValueError(
+            f"{path[-1]} is not read in {'.'.join(['sampling_params', *path[:-1]])}. "
+            f"{IN_PARAMETERS}"
+        )
+    return value
 
 
 def _wrap_base_request(original: Any) -> Any:
@@ -230,26 +264,26 @@ def _wrap_base_request(original: Any) -> Any:
         cls: type, anthropic_request: Any, openai_messages: Any
     ) -> Any:
         chat = original(cls, anthropic_request, openai_messages)
-        for field in FIELDS:
-            value = getattr(anthropic_request, field.name, None)
+        extra = anthropic_request.model_extra or {}
+        for name in (*NAMES, *(name for name in extra if looks_misplaced(name))):
+            value = getattr(anthropic_request, name, None)
             if value is not None:
-                setattr(chat, field.name, value)
+                setattr(chat, name, value)
         return chat
 
     return _build_base_request
 
 
-def _wrap_handler(original: Any) -> Any:
+def _wrap_handler(remedy: str, original: Any) -> Any:
     async def handler(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        for field in FIELDS:
-            value = (request.model_extra or {}).get(field.name)
-            if value is not None:
+        extra = request.model_extra or {}
+        for name in NAMES:
+            if extra.get(name) is not None:
                 raise refuse(
-                    f"{field.name} is not read by this endpoint. Leave it out; the "
-                    "server's default budget holds.",
-                    shown(value),
-                    field.name,
+                    f"{name} is not read here. {remedy}", shown(extra[name]), name
                 )
+        if pruning():
+            refuse_misplaced(extra, remedy)
         return await original(self, request, *args, **kwargs)
 
     return handler

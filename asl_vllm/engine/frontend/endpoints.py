@@ -15,9 +15,9 @@ from vllm import plugins
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from asl_vllm.engine.frontend import apis, request
+from asl_vllm.engine.frontend import apis
+from asl_vllm.engine.frontend.served import pruning
 from asl_vllm.engine.patching import wrap_method
-from asl_vllm.engine.settings import settings_of
 
 PLUGIN = "asl_server.app.KVEndpoints"
 """The plugin that is added; its module is imported by servers with a policy only."""
@@ -31,8 +31,7 @@ def install() -> None:
             # Where an application is built, vLLM has imported all endpoints by now.
             apis.install()
             found: list[EndpointPlugin] = original(supported_tasks)
-            vllm_config = request.served()
-            if vllm_config is not None and settings_of(vllm_config).config.enabled:
+            if pruning():
                 found.append(resolve_obj_by_qualname(PLUGIN)())
             return found
 

@@ -125,9 +125,22 @@ FIELDS: tuple[RequestField, ...] = (
 )
 """In the order in which they are checked."""
 
+NAMES = tuple(field.name for field in FIELDS)
+VLLMS = ("kv_transfer_params", "kv_cache_report_mode")
+"""Names of vLLM that begin like ours."""
+
 
 def given_fields(params: SamplingParams) -> dict[str, Any]:
     """The fields that a request gives, by name, with their raw values."""
     extra_args = params.extra_args or {}
     values = {field.name: extra_args.get(field.name) for field in FIELDS}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def resembles(name: str) -> bool:
+    """Whether a name that is not ours was meant so: ``kv_buget`` or ``kvBudget``."""
+    if name in (*NAMES, *VLLMS):
+        return False
+    plain = name.lower().replace("-", "_")
+    joined = {ours.replace("_", "") for ours in NAMES}
+    return plain.startswith("kv_") or plain.replace("_", "") in joined

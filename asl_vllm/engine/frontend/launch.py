@@ -19,8 +19,8 @@ from asl_vllm.engine.frontend import (
     endings,
     options,
     repeated_ids,
-    request,
     run_batch,
+    served,
     standby,
     streams,
     usage,
@@ -146,7 +146,7 @@ def install() -> None:
                 take_out_of_hash(vllm_config)
                 run_batch.install()
                 endings.install()
-            request.serve(vllm_config)
+            served.serve(vllm_config)
             return vllm_config
 
         return create_engine_config
