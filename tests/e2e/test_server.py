@@ -52,6 +52,7 @@ def len_of_repr(budget: Any) -> str:
 
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
+ALL_PATHS = [*PATHS, "/v1/responses"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -167,7 +168,30 @@ def test_responses_api(pruning: Server) -> None:
     assert_refused(bad, "kv_budget: got 3")
 
 
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_a_budget_in_a_wrong_place_is_refused(pruning: Server, path: str) -> None:
+    """Where vLLM would drop it and answer; streamed or not."""
+    asked = {"input": QUESTION.text} if path == "/v1/responses" else body(path)
+    for stream in (False, True):
+        for name, fields, said in (
+            ("extra_body", {"kv_budget": 64}, "kv_budget is not read in extra_body."),
+            ("kv_buget", 64, "kv_buget is no field of requests; got 64"),
+        ):
+            reply = pruning.post(path, **asked, stream=stream, **{name: fields})
+            assert_refused(reply, said, name)
+    both = pruning.post(path, **asked, kv_budget=64, vllm_xargs={"kv_budget": 128})
+    assert_refused(both, "got 64 in the body and 128 in its vllm_xargs")
+    assert_refused(pruning.post(path, **asked, vllm_xargs={"kv_budget": True}), "True")
+    assert pruning.post(path, **asked, vllm_xargs={"kv_budget": None}).is_success
+
+
 def test_prompt_logprobs_need_the_whole_prompt(pruning: Server) -> None:
+    """Harnesses ask for them by ``echo`` and ``logprobs``."""
+    scoring = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    response = pruning.post(
+        "/v1/completions", prompt="x " * 300, **scoring, kv_budget=64
+    )
+    assert_refused(response, "echo with logprobs")
     response = send(pruning, "/v1/completions", 64, prompt_logprobs=1)
     assert_refused(response, "cannot be combined with prompt_logprobs")
     assert send(pruning, "/v1/completions", 1.0, prompt_logprobs=1).status_code == 200
@@ -191,7 +215,6 @@ POLICIES = {
     "pyramidinfer": 1,
 }
 """The layer after which each drops tokens; the config fixes 4 where it can be fixed."""
-ALL_PATHS = [*PATHS, "/v1/responses"]
 
 
 def ask_policy(server: Server, path: str, policy: Any, **more: Any) -> httpx.Response:
