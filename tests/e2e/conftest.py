@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from asl_vllm_testing import ROOT, SHIPPED_MODEL, harness, policy_package, wheel
 from asl_vllm_testing.random_model import RANDOM_SHAPE, write_random_model
 from asl_vllm_testing.server import Server, serve, serve_command
 from asl_vllm_testing.settings import SERVER_OPTIONS
+from tests.e2e.documents import shell_examples
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +47,13 @@ def wheel_python(
 def wheel_server(
     wheel_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """As examples/README.md starts it, in an environment without the checkout."""
-    text = (ROOT / "examples" / "README.md").read_text()
-    (command,) = re.findall(r"```sh\n(.*?)```", text, re.S)
-    _, _, model, *options = command.replace("\\\n", " ").split(maxsplit=3)
+    """As the README starts it, in an environment without the checkout."""
+    _, (command, _), *_ = shell_examples(ROOT / "README.md")
+    _, _, model, *options = shlex.split(command.replace("\\\n", " "))
     assert ROOT / model == SHIPPED_MODEL
-    arguments = [*shlex.split(*options), "--enforce-eager"]
     folder = tmp_path_factory.mktemp("elsewhere")
     started = [str(wheel_python), "-m", "vllm.entrypoints.cli.main", "serve"]
-    started += [str(SHIPPED_MODEL), *arguments, "--kv-cache-memory-bytes", "268435456"]
+    started += [str(SHIPPED_MODEL), *options]
     log = folder / "log.txt"
     with serve_command(started, log, cwd=folder, PYTHONPATH="") as server:
         yield server

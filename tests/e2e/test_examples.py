@@ -1,4 +1,4 @@
-"""Each example prints what it should, asked of a server as its README starts it."""
+"""Each example prints what it should, asked of a server as the README starts it."""
 
 from __future__ import annotations
 

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from asl_vllm_testing.oracle.tasks import needle
-from asl_vllm_testing.server import Server, serve_command
+from asl_vllm_testing.server import Server
 from tests.e2e.documents import assert_within, run_shell, shell_examples
 
 REPOSITORY = Path(__file__).parents[2]
 README, API_DOCUMENT = REPOSITORY / "README.md", REPOSITORY / "docs" / "api.md"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The README's; what docs/api.md shows is of the same model and policy."""
-    (start, _), *_ = shell_examples(README)
-    program, *options = shlex.split(start.replace("\\\n", " "))
-    assert program == ".venv/bin/vllm"
-    folder = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        with serve_command([program, *options], folder / "log.txt") as started:
-            yield started
+def test_a_model_of_yours_is_served_by_the_same_options() -> None:
+    """Nobody has the README's first model here; its options are the small one's."""
+    (install, _), (start, _), *_ = shell_examples(README)
+    *_, yours = install.splitlines()
+    program, _, options = yours.partition(" Qwen/Qwen3-8B ")
+    assert start.startswith(f"{program} ") and options == "--kv-policy asl"
+    assert options in start
 
 
-def test_the_commands_print_what_the_readme_says(server: Server) -> None:
-    """Must come first: the totals that the README shows are of one request."""
-    _, *commands = shell_examples(README)
-    assert len(commands) >= 3
+def test_the_commands_print_what_the_readme_says(wheel_server: Server) -> None:
+    server = wheel_server  # that of the README's second block
+    _, _, *commands = shell_examples(README)
+    assert len(commands) == 3
     for command, expected in commands:
         assert "curl -s" in command
         printed = run_shell(command, server.url)
@@ -45,13 +39,13 @@ def test_the_commands_print_what_the_readme_says(server: Server) -> None:
     assert "vllm:asl_requests_total" in server.http.get("/metrics").text
 
 
-def test_the_commands_of_the_api_print_what_it_says(server: Server) -> None:
+def test_the_commands_of_the_api_print_what_it_says(wheel_server: Server) -> None:
     (setting, _), *commands = shell_examples(API_DOCUMENT)
     assert "PROMPT=" in setting
     assert len(commands) >= 8
     for command, expected in commands:
         assert "curl -s" in command
-        printed = run_shell(setting + command, server.url)
+        printed = run_shell(setting + command, wheel_server.url)
         if expected is not None:
             assert_within(json.loads(expected), json.loads(printed))
         elif "-D -" in command:
@@ -64,10 +58,10 @@ def test_the_commands_of_the_api_print_what_it_says(server: Server) -> None:
 
 
 def test_the_client_of_the_api(
-    server: Server, capsys: pytest.CaptureFixture[str]
+    wheel_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = API_DOCUMENT.read_text("utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    script = script.replace("http://localhost:8000", server.url)
+    script = script.replace("http://localhost:8000", wheel_server.url)
     exec(script, {"PROMPT": needle(7, 600).text})
     assert capsys.readouterr().out == "119\n"

@@ -45,3 +45,35 @@ def test_no_check_failed(path: Path) -> None:
     assert result["status"] in ("passed", "shortened")
     assert all(row.get("ok", True) for row in result["rows"])
     assert "H200" in result["machine"]["gpu"]
+
+
+def test_the_table_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    first = [row for row in rows("prefill-8b-compiled") if "15" in row["engine"]]
+    for row in first[1:]:
+        pair = f"{row['stock_s']:.2f} s and {row['ours_s']:.2f} s"
+        assert f"{row['tokens']} tokens after {pair}" in text
+    steps = {
+        (row["context"], row["batch"], row["engine"]): f"{1000 * row['itl_s']:.2f} ms"
+        for row in rows("decode-8b-compiled")
+    }
+    for context, batch, engine in ((32768, 4, "pruned"), (8192, 1, "unpruned")):
+        stock = steps[context, batch, "stock"]
+        assert f"{stock} and {steps[context, batch, engine]}" in text
+    path = ROOT / "benchmarks" / "results" / "cpu-epyc-2core.json"
+    cpu = json.loads(path.read_text())["experiments"]
+    again, short, _ = (f"{row['stock_s']:.3f} s" for row in cpu["losing"])
+    assert f"{again} and {cpu['losing'][0]['ours_s']:.2f} s" in text
+    assert f"{short} and {cpu['losing'][1]['ours_s']:.3f} s" in text
+    stock, ours = cpu["capacity"]
+    assert f"{stock['peak_running']} and {ours['peak_running']} at once" in text
+    assert f"{stock['seconds']:.0f} s and {ours['seconds']:.0f} s in all" in text
+    assert f"after {cpu['overlong'][0]['first_token_s']:.1f} s" in text
+
+
+def test_the_picture_is_drawn(monkeypatch: Any, tmp_path: Path) -> None:
+    from benchmarks import landing
+
+    monkeypatch.setattr(landing, "IMAGE", tmp_path / "drawn.png")
+    landing.main()
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
