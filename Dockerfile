@@ -1,8 +1,8 @@
 # vLLM's own image with asl_vllm in it, run as a user that is not root.
 #
-#     docker build -t asl-vllm:0.1.0 .
+#     docker build -t asl-vllm:0.2.0 .
 #     docker run --gpus all --shm-size 8g -p 8000:8000 -v asl-cache:/cache \
-#         asl-vllm:0.1.0 Qwen/Qwen3-8B --kv-policy asl
+#         asl-vllm:0.2.0 Qwen/Qwen3-8B --kv-policy asl
 
 # The wheel is built apart: neither the sources nor pip's leavings reach the image.
 FROM python:3.12-slim-bookworm AS wheel

@@ -62,38 +62,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options; defaults are read from `AslConfig`."""
     group = parser.add_argument_group(
         title="AslConfig",
-        description="Pruning of a prompt's KV cache to a per-request budget.",
+        description="KV budgets: requests keep a part of their prompt's KV cache.",
     )
     group.add_argument(
         "--kv-policy",
         choices=POLICY_NAMES,
         default=_DEFAULT.policy,
-        help="How the tokens to keep are chosen for requests with a kv_budget, unless "
-        "they name a kv_policy; none leaves vLLM as it is.",
+        help="How to choose the tokens that a kv_budget keeps. A request may name "
+        "another policy in kv_policy. 'none' leaves vLLM as it is.",
     )
     group.add_argument(
         "--kv-budget",
         type=parse_budget_option,
         default=_DEFAULT.budget,
         metavar="DEFAULT",
-        help="kv_budget of requests that name none: tokens kept per layer, or a "
-        "share of the prompt in (0, 1]. None prunes nothing.",
+        help="Budget of requests that send no kv_budget: an integer is tokens kept "
+        "per layer, a float in (0, 1] is a share of the prompt. Without it, such "
+        "requests are not pruned.",
     )
     group.add_argument(
         "--kv-bands",
         type=int,
         default=_DEFAULT.bands,
         metavar="G",
-        help="Splits the layers into G bands with a block table each, so that requests "
-        'may ask for kv_shallow "full"; a divisor of the number of layers.',
+        help="Splits the layers into G bands, each with its own block table, so that "
+        'requests may keep every token in shallow layers (kv_shallow "full"). G must '
+        "divide the number of layers.",
     )
     group.add_argument(
         "--kv-policy-config",
         type=parse_config_option,
         default={},
         metavar="JSON",
-        help="Options of the policy as a JSON object, such as "
-        '\'{"window": 32, "l_min": 10, "l_obs": 8, "tau": 0.3}\'.',
+        help="All other options as a JSON object, such as "
+        '\'{"window": 32, "l_min": 10, "l_obs": 8, "tau": 0.3}\'; '
+        "docs/configuration.md explains each.",
     )
 
 
