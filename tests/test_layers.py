@@ -27,7 +27,11 @@ LEVELS = (
 )
 ROOMS = ("frontend", "scheduler", "worker")
 # Modules that join rooms, because vLLM makes the pair.
-JOINTS = {"asl_vllm.engine.connector", "asl_vllm.engine.kv_spec"}
+JOINTS = {
+    "asl_vllm.engine.connector",
+    "asl_vllm.engine.kv_spec",
+    "asl_vllm.engine.multi_connector",
+}
 VLLM_USERS = {"asl_vllm.engine", "asl_vllm.plugin", "asl_server"}
 
 

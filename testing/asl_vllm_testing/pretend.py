@@ -7,21 +7,33 @@ slot that another request wrote to, or that was never written, is found at once.
 next token is a hash of the last mark, so each answer is known beforehand.
 
 Steps are executed in the order in which they were scheduled, as a device does, also
-where their outputs are looked at later.
+where their outputs are looked at later. With ``host_memory`` vLLM's offloading
+connector moves marks between blocks and host memory beside ours.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+    MultiKVConnectorMetadata,
+    MultiKVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
+    OffloadingConnectorWorker,
+)
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from asl_vllm.engine.messages import StepOrders
 from asl_vllm.engine.worker.runner import WorkerSide
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillQueue, PrefillReport
+from asl_vllm_testing.host_memory import CHUNKS, HostMemoryWorker
 
 VOCABULARY = 50
 LAYERS = 10
@@ -114,8 +126,16 @@ class PretendPrefill:
 class PretendWorker:
     """Executes what a scheduler says, over the slots of one layer."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, host_memory: bool = False
+    ) -> None:
         self.slots = np.full(num_blocks * block_size, STALE, dtype=np.int64)
+        self._mover: OffloadingConnectorWorker | None = None
+        if host_memory:
+            pool = torch.from_numpy(self.slots).view(num_blocks, block_size)
+            spec: Any = Mock(replicated_layout=False)
+            self._mover = OffloadingConnectorWorker(spec, Mock(), Mock())
+            self._mover.worker = HostMemoryWorker([pool], [[0]], CHUNKS)
         self.scripts: dict[str, Script] = {}
         self.admitted: list[str] = []
         self._block_size = block_size
@@ -149,14 +169,26 @@ class PretendWorker:
             self.slots[first : first + self._block_size] = STALE
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        orders: Any = step.kv_connector_metadata
+        moves: Any = None
+        if self._mover is not None:
+            assert isinstance(orders, MultiKVConnectorMetadata)
+            orders, moves = orders.metadata
+            self._mover.handle_preemptions(moves)
         self._update_rows(step)
         names = list(step.num_scheduled_tokens)
         sampled = [self._forward(name, step) for name in names]
-        orders = step.kv_connector_metadata
         assert isinstance(orders, StepOrders)
         self.admitted += [job.request_id for job in orders.jobs]
         self._side.run(orders)
         results = self._side.take_results()
+        reports: Any = self._side.take_reports()
+        if self._mover is not None:
+            self._mover.start_kv_transfers(moves)
+            self._mover.prepare_store_kv(moves)
+            results.finished_recving |= self._mover.get_finished(set())[1]
+            moved = self._mover.build_connector_worker_meta()
+            reports = MultiKVConnectorWorkerMetadata((reports, moved))
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: i for i, name in enumerate(names)},
@@ -167,7 +199,7 @@ class PretendWorker:
             kv_connector_output=KVConnectorOutput(
                 finished_recving=results.finished_recving,
                 failed_recving=results.failed_recving or set(),
-                kv_connector_worker_meta=self._side.take_reports(),
+                kv_connector_worker_meta=reports,
             ),
         )
 

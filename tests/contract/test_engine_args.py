@@ -16,6 +16,12 @@ import vllm.envs
 from vllm.config import KVTransferConfig, ModelConfig, ParallelConfig, VllmConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
+    MultiConnector,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+    OffloadingConnector,
+)
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli import serve
 from vllm.entrypoints.launchers.api_server import entry
@@ -24,13 +30,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from asl_vllm.engine.connector import AslConnector
-from asl_vllm.engine.frontend import launch
-from asl_vllm.engine.frontend.launch import connector_config
+from asl_vllm.engine.frontend import connectors
+from asl_vllm.engine.frontend.connectors import connector_config
+from asl_vllm.engine.multi_connector import AslMultiConnector
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.moved import make_arg_parser
 from asl_vllm_testing.originals import original_of
 from asl_vllm_testing.scheduler_host import make_host
-from asl_vllm_testing.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import engine_args, engine_config
 from tests.contract.looking import parameters
 
 
@@ -158,7 +165,7 @@ def test_a_producer_does_not_defer_frees(
     ours = connector_config()
     assert ours.kv_role == "kv_producer"
     other = dataclasses.replace(ours, kv_role=role)
-    monkeypatch.setattr(launch, "connector_config", lambda: other)
+    monkeypatch.setattr(connectors, "connector_config", lambda: other)
     monkeypatch.setattr(VllmConfig, "max_concurrent_batches", 2)
     scheduler = make_host().scheduler
     assert scheduler.defer_block_free is (role == "kv_both")
@@ -171,10 +178,64 @@ def test_the_connector_is_found_by_its_module_path() -> None:
 
 
 def test_kv_offloading_takes_the_connectors_name() -> None:
-    """Why --kv-offloading-size cannot be combined with a policy."""
+    """Why it is taken out of the arguments, and its connector put beside ours."""
     config = engine_config(kv_offloading_size=1)
     assert config.kv_transfer_config is not None
     assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+SIZED = {"cpu_bytes_to_use": 1 << 31}
+OFFLOADING: dict[str, Any] = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": SIZED,
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kv_offloading_size": 2},
+        {"kv_transfer_config": OFFLOADING},
+        {"kv_transfer_config": KVTransferConfig(**OFFLOADING)},
+        {
+            "kv_transfer_config": {
+                "kv_connector": "MultiConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"connectors": [OFFLOADING]},
+            }
+        },
+        {
+            "kv_transfer_config": {
+                "kv_connector": "MultiConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "connectors": [
+                        dataclasses.asdict(connector_config()),
+                        OFFLOADING,
+                    ]
+                },
+            }
+        },
+    ],
+    ids=["size", "named", "config", "multi", "multi with ours"],
+)
+def test_offloading_is_put_beside_our_connector(arguments: dict[str, Any]) -> None:
+    args = engine_args({"policy": "asl"}, **arguments)
+    # As ``vllm serve`` does.
+    for _ in range(2):
+        config = args.create_engine_config()
+        transfer = config.kv_transfer_config
+        assert transfer is not None
+        assert transfer.kv_role == "kv_producer"
+        assert KVConnectorFactory.get_connector_class(transfer) is AslMultiConnector
+        assert KVConnectorFactory.supports_hma_config(transfer)
+        children = MultiConnector._get_connector_classes_and_configs(config)
+        assert [child for child, _ in children] == [AslConnector, OffloadingConnector]
+        other = children[1][1].kv_transfer_config
+        assert other is not None
+        assert (other.kv_role, other.kv_connector_extra_config) == ("kv_both", SIZED)
+        assert other.engine_id == transfer.engine_id
 
 
 def test_model_config_fields() -> None:

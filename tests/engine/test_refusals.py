@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
+    OffloadingConnector,
+)
 
 from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
 from asl_vllm.engine import compat
 from asl_vllm.engine.compat import SUPPORTED_ARCHITECTURES, UnsupportedError
-from asl_vllm.engine.frontend import launch
+from asl_vllm.engine.frontend import connectors, launch
 from asl_vllm.engine.worker.worker import PrefillWorkerMixin
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.vllm_configs import (
@@ -67,6 +70,11 @@ DEEPSEEK = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+OFFLOADING: dict[str, Any] = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+}
+OFFLOADING_MODULE = OffloadingConnector.__module__
 MAMBA = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",
@@ -180,9 +188,9 @@ REFUSED = [
     ),
     Refused(
         "Another KV connector",
-        needed="the engine's one KV connector",
+        needed="no KV connector beside its own but vLLM's OffloadingConnector",
         got="'ExampleConnector'",
-        remedy="drop --kv-transfer-config",
+        remedy="name OffloadingConnector, or drop --kv-transfer-config",
         arguments={
             "kv_transfer_config": KVTransferConfig(
                 kv_connector="ExampleConnector", kv_role="kv_both"
@@ -261,21 +269,64 @@ REFUSED = [
     ),
     Refused(
         "Another KV connector",
-        needed="the engine's one KV connector",
-        got="OffloadingConnector",
-        remedy="drop --kv-offloading-size",
+        needed="no KV connector beside its own but vLLM's OffloadingConnector",
+        got="'SimpleCPUOffloadConnector'",
+        remedy="name OffloadingConnector",
         arguments={"kv_offloading_size": 1},
+        environment={"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"},
     ),
     Refused(
         "Another KV connector",
-        needed="the engine's one KV connector",
+        needed="no KV connector beside its own but vLLM's OffloadingConnector",
         got="'ExampleConnector'",
-        remedy="drop --kv-transfer-config",
+        remedy="name OffloadingConnector",
         arguments={
             "kv_transfer_config": {
-                "kv_connector": "ExampleConnector",
+                "kv_connector": "MultiConnector",
                 "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "connectors": [
+                        OFFLOADING,
+                        {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+                    ]
+                },
             }
+        },
+    ),
+    Refused(
+        "Another KV connector",
+        needed="no KV connector beside its own but vLLM's OffloadingConnector",
+        got=f"'OffloadingConnector' of {OFFLOADING_MODULE}",
+        remedy="name OffloadingConnector",
+        arguments={
+            "kv_transfer_config": OFFLOADING
+            | {"kv_connector_module_path": OFFLOADING_MODULE}
+        },
+    ),
+    Refused(
+        "Another KV connector",
+        needed="at most one KV connector beside its own",
+        got="OffloadingConnector and OffloadingConnector",
+        remedy="name one of them",
+        arguments={"kv_transfer_config": OFFLOADING, "kv_offloading_size": 1},
+    ),
+    Refused(
+        "Another KV connector",
+        needed='kv_load_failure_policy "fail"',
+        got="'recompute'",
+        remedy="drop kv_load_failure_policy",
+        arguments={
+            "kv_transfer_config": OFFLOADING | {"kv_load_failure_policy": "recompute"}
+        },
+    ),
+    Refused(
+        "Another KV connector",
+        needed="loads that do not hold up a step",
+        got="sync_load_budget_bytes 1024",
+        remedy="drop sync_load_budget_bytes",
+        arguments={
+            "kv_transfer_config": OFFLOADING
+            | {"kv_connector_extra_config": {"sync_load_budget_bytes": 1024}}
         },
     ),
     Refused(
@@ -544,6 +595,12 @@ def test_a_configuration_can_be_made_twice() -> None:
     assert second.kv_transfer_config.kv_connector == "AslConnector"
 
 
+def test_another_host_memory_is_refused() -> None:
+    """One that vLLM cannot start without a package of its own."""
+    with pytest.raises(UnsupportedError, match="got 'LMCacheMPConnector'"):
+        engine_config(ASL, kv_offloading_size=1, kv_offloading_backend="lmcache")
+
+
 def rows_of_limits() -> set[str]:
     lines = LIMITS.read_text().splitlines()
     return {line.split("|")[1].strip() for line in lines if line.startswith("|")}
@@ -555,9 +612,9 @@ def test_each_is_a_row_of_the_limits(row: str) -> None:
 
 
 def texts_of_refusals() -> set[str]:
-    """How what is needed begins, of every refusal in compat.py and launch.py."""
+    """How what is needed begins, of every refusal in the modules that refuse."""
     texts = set()
-    for module in (compat, launch):
+    for module in (compat, launch, connectors):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
                 needed = node.value.elts[0]
@@ -574,7 +631,10 @@ def texts_of_refusals() -> set[str]:
 
 def test_every_refusal_of_the_code_is_tried_here() -> None:
     texts = texts_of_refusals()
-    assert {"all layers on each rank", "the engine's one KV connector"} <= texts
+    assert {
+        "all layers on each rank",
+        "at most one KV connector beside its own",
+    } <= texts
     tried = [case.needed for case in (*REFUSED, *CHANGED)]
     untried = {
         text

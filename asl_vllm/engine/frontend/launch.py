@@ -6,16 +6,16 @@ Touch point: wraps ``EngineArgs.create_engine_config``, the one place through wh
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from asl_vllm.config import AslConfig
 from asl_vllm.engine.frontend import (
     apis,
+    connectors,
     endings,
     options,
     repeated_ids,
@@ -30,61 +30,12 @@ from asl_vllm.engine.patching import UpstreamDriftError, check, wrap_method
 from asl_vllm.engine.settings import config_of_additional
 from asl_vllm.selection.policies import installed_policies
 
-CONNECTOR_MODULE = "asl_vllm.engine.connector"
-CONNECTOR_NAME = "AslConnector"
-
 _WORKER_MODULE = "asl_vllm.engine.worker.worker"
 WORKERS: dict[str, str] = {
     "vllm.v1.worker.cpu_worker.CPUWorker": f"{_WORKER_MODULE}.AslCpuWorker",
     "vllm.v1.worker.gpu_worker.Worker": f"{_WORKER_MODULE}.AslGpuWorker",
 }
 """vLLM's worker class -> the subclass that takes its place."""
-
-
-def connector_config() -> KVTransferConfig:
-    """The ``kv_transfer_config`` that installs our connector.
-
-    The role is kv_producer because our loads run on the engine's own stream, in
-    order with its steps; as a consumer vLLM would hold freed blocks back for loads
-    that are not. A failed load fails its request instead of being retried unpruned.
-    """
-    return KVTransferConfig(
-        kv_connector=CONNECTOR_NAME,
-        kv_connector_module_path=CONNECTOR_MODULE,
-        kv_role="kv_producer",
-        kv_load_failure_policy="fail",
-    )
-
-
-def _take_connector(engine_args: EngineArgs) -> None:
-    from asl_vllm.engine.compat import UnsupportedError
-
-    # vLLM refuses it for any connector, in words about a network that we do not use.
-    allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    exempt = engine_args.enable_cumem_allocator or engine_args.enable_sleep_mode
-    if "expandable_segments:True" in allocator and not exempt:
-        raise UnsupportedError(
-            "a KV connector, which vLLM runs with plain allocations only",
-            f"PYTORCH_CUDA_ALLOC_CONF={allocator}",
-            "take expandable_segments out of it, or pass --enable-cumem-allocator",
-        )
-    if engine_args.kv_offloading_size is not None:
-        raise UnsupportedError(
-            "the engine's one KV connector",
-            "--kv-offloading-size, which is an OffloadingConnector",
-            "drop --kv-offloading-size",
-        )
-    existing = engine_args.kv_transfer_config
-    if isinstance(existing, dict):
-        existing = KVTransferConfig(**existing)
-    if existing is None:
-        engine_args.kv_transfer_config = connector_config()
-    elif existing.kv_connector_module_path != CONNECTOR_MODULE:
-        raise UnsupportedError(
-            "the engine's one KV connector",
-            f"--kv-transfer-config with {existing.kv_connector!r}",
-            "drop --kv-transfer-config",
-        )
 
 
 def _take_worker(vllm_config: VllmConfig) -> None:
@@ -134,7 +85,7 @@ def install() -> None:
                 installed_policies()
                 _check_replies(config)
                 options.check(self)
-                _take_connector(self)
+                connectors.take(self)
             else:
                 _release_backends()
             vllm_config = original(self, *args, **kwargs)

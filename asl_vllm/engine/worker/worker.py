@@ -17,7 +17,6 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 
 from asl_vllm.engine.compat import UnsupportedError
-from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
@@ -117,8 +116,8 @@ class PrefillWorkerMixin:
         self._factory = PrefillFactory(
             decoder, self._buffers, settings.config, settings.chunk_tokens
         )
-        connector = get_kv_transfer_group()
-        assert isinstance(connector, AslConnector)
+        # Ours, alone or beside another.
+        connector: Any = get_kv_transfer_group()
         connector.bind_prefill_queue(PrefillQueue(self._factory))
 
     def compile_or_warm_up_model(self) -> Any:
