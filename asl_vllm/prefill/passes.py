@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from asl_kernels.gather_kept import gather_kept
+from asl_vllm.prefill.advancing import Advancing
 from asl_vllm.prefill.agreement import (
     RanksDifferError,
     agreed,
@@ -20,21 +21,30 @@ from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.prefix import CachedPrefix, Rerun
 from asl_vllm.prefill.tap import LayerTap
-from asl_vllm.selection.deciding import FiniteCheck, decide
+from asl_vllm.selection.deciding import (
+    FiniteCheck,
+    Reading,
+    deciding,
+    read_together,
+)
 from asl_vllm.selection.errors import SelectionError
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
 _ALL = LayerDecision(Keep.ALL)
 
 
-def _on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+Scores = tuple[torch.Tensor, torch.Tensor]
+"""Of each KV head, and their sum; see `Policy.score`."""
+
+
+def on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on the device. Does not wait for it."""
     if device.type == "cuda":
         numbers = numbers.pin_memory()
     return numbers.to(device, non_blocking=True)
 
 
-class Prefill:
+class Prefill(Advancing):
     """Runs a `PrefillJob`. A pass is one chunk of tokens through one layer.
 
     Owns the contents of the buffers it was lent until `done`. Effects: writes the
@@ -56,6 +66,7 @@ class Prefill:
                 f"prompt of {job.num_prompt_tokens} tokens exceeds the prefill "
                 f"buffers ({buffers.capacity} tokens); raise max_prefill_tokens."
             )
+        super().__init__()
         rows = job.num_prompt_tokens
         assert job.reused_tokens <= max(0, rows - policy.tail), "no window is computed"
         self.job = job
@@ -75,16 +86,15 @@ class Prefill:
         self._prefix = CachedPrefix(job, model, self._bands)
         self._rerun: Rerun | None = None
         self._finite = FiniteCheck()
-        self.computed_token_layers = 0
         self._reused_token_layers = 0
         self._rerun_token_layers = 0
         self._started = time.perf_counter()
         device = model.shape.device
         # By way of numpy, which reads an array's memory instead of its numbers.
         token_ids = np.asarray(job.prompt_token_ids, dtype=np.int64)
-        self._token_ids = _on_device(torch.from_numpy(token_ids), device)
+        self._token_ids = on_device(torch.from_numpy(token_ids), device)
         self._positions = torch.arange(job.num_prompt_tokens, device=device)
-        self._slots = _on_device(job.slots(), device)
+        self._slots = on_device(job.slots(), device)
 
     @property
     def done(self) -> bool:
@@ -109,21 +119,6 @@ class Prefill:
         row = max(self._row, self._prefix.rows)
         return min(self._chunk_tokens, self._num_rows - row)
 
-    def advance(self, token_layers: int) -> int:
-        """Runs whole passes while they fit ``token_layers``; returns the cost.
-
-        The first runs whether it fits or not. None is cut short, so that chunk
-        borders, and with them the arithmetic, never depend on load.
-        """
-        before = self.computed_token_layers
-        limit = before + token_layers
-        while not self.done and (
-            self.computed_token_layers == before
-            or self.computed_token_layers + self.next_cost <= limit
-        ):
-            self._run_pass()
-        return self.computed_token_layers - before
-
     def report(self) -> PrefillReport:
         """The outcome, once `done`."""
         full = self.job.num_prompt_tokens * self._model.shape.num_layers
@@ -143,8 +138,8 @@ class Prefill:
         if self._rerun is not None:
             self._run_again(self._rerun)
             return
-        if self._layer == 0 and self._row == 0:
-            self._embed()
+        if self._row == 0:
+            self.begin_layer()
         if self._row == 0 and self._prefix.rows:
             self._load_prefix()
         start = self._row
@@ -163,6 +158,42 @@ class Prefill:
         self._row = end
         if end == self._num_rows:
             self._finish_layer()
+
+    # What a `Pack` has each of its prefills do, in place of passes of its own.
+
+    @property
+    def layer(self) -> int:
+        """The layer that runs next."""
+        return self._layer
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions of the tokens that enter it, one for each row."""
+        return self._positions
+
+    @property
+    def scored_rows(self) -> int:
+        """Rows of the layer that have a score."""
+        return self._num_rows - self._policy.tail
+
+    @property
+    def policy(self) -> Policy:
+        """Decides about this prompt."""
+        return self._policy
+
+    def lend(self, buffers: PrefillBuffers) -> None:
+        """Its rows are in these from now on."""
+        self._buffers = buffers
+
+    def begin_layer(self) -> None:
+        """All of the layer's rows pass next: their hidden states are there."""
+        if self._layer == 0:
+            self._embed()
+
+    def passed(self) -> None:
+        """All of the layer's rows have passed it; keys and values are there."""
+        self.computed_token_layers += self._num_rows
+        self._row = self._num_rows
 
     def _run_again(self, rerun: Rerun) -> None:
         rows = rerun.next_rows(self._chunk_tokens)
@@ -184,30 +215,43 @@ class Prefill:
             self._buffers.hidden.store(start, self._model.embed(ids))
 
     def _finish_layer(self) -> None:
-        keys = self._buffers.keys[: self._num_rows]
-        values = self._buffers.values[: self._num_rows]
-        # Where tokens are selected but a band's end is awaited, nothing is asked; and
-        # a layer of k tokens keeps them all.
-        if self._deeper is not None or self._num_rows == self.job.kept_tokens:
-            with unexchanged(self._model):
-                self._keep_and_send_deeper(_ALL, keys, values)
+        if self.asks:
+            self._ask_about_layer()
         else:
-            self._ask_about_layer(keys, values)
+            with unexchanged(self._model):
+                self.keep_and_send_deeper()
+        read_together([self.ending()])
+
+    @property
+    def asks(self) -> bool:
+        """Whether the policy is asked about the layer.
+
+        Where tokens are selected but a band's end is awaited, nothing is asked; and a
+        layer of k tokens keeps them all.
+        """
+        return self._deeper is None and self._num_rows > self.job.kept_tokens
+
+    def ending(self) -> Reading[None]:
+        """After the last layer, looks at what is still to be looked at.
+
+        Raises:
+            SelectionError: Scores were not finite.
+        """
         if self.done:
             assert self._written_layers == self._layer
-            self._finite.read()
+            yield from self._finite.read()
 
-    def _ask_about_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _ask_about_layer(self) -> None:
         """Does what the policy decides about the layer, on all ranks or on none."""
         layer = self._layer
         try:
             # Before the next layer, where ranks meet in the model's own collectives.
             with agreed(self._model) as brought:
-                decision = self._decide(keys)
+                decision = self._decide()
                 deeper = decision.deeper
                 if isinstance(deeper, torch.Tensor) and self._model.num_ranks > 1:
                     brought.digest = digest_of(deeper)
-                self._keep_and_send_deeper(decision, keys, values)
+                self.keep_and_send_deeper(decision)
         except RanksDifferError as error:
             raise SelectionError(
                 f"layer {layer}: tensor-parallel ranks decided differently about the "
@@ -215,11 +259,11 @@ class Prefill:
                 "their scores must be sums over all ranks."
             ) from error
 
-    def _keep_and_send_deeper(
-        self, decision: LayerDecision, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def keep_and_send_deeper(self, decision: LayerDecision = _ALL) -> None:
         """Writes what the layer keeps and leaves the tokens that go deeper."""
         layer = self._layer
+        keys = self._buffers.keys[: self._num_rows]
+        values = self._buffers.values[: self._num_rows]
         if self._keeps_all or decision.kept is Keep.ALL:
             self._write(keys, values)
         elif isinstance(decision.kept, torch.Tensor):
@@ -237,34 +281,48 @@ class Prefill:
         if not self._keeps_all or self._bands.ends(layer):
             self._go_deeper(layer)
 
-    def _decide(self, keys: torch.Tensor) -> LayerDecision:
-        """What becomes of the layer's tokens."""
-        scores = None
-        try:
-            scores = self._policy.score(
-                self._layer,
-                self._buffers.window_queries,
-                keys,
-                self._model.attention_scale(self._layer),
-            )
-        finally:
-            # Other ranks sum scores, if this one has none or failed: it joins them.
-            if scores is None and self._model.num_ranks > 1:
-                columns = self._num_rows - self._policy.tail
-                nothing = torch.zeros(columns, dtype=torch.float32, device=keys.device)
-                self._model.sum_over_ranks(nothing)
+    def score(self) -> Scores | None:
+        """What the policy scores the layer's tokens; see `Policy.score`."""
+        return self._policy.score(
+            self._layer,
+            self._buffers.window_queries,
+            self._buffers.keys[: self._num_rows],
+            self._model.attention_scale(self._layer),
+        )
+
+    def deciding(self, scores: Scores | None) -> Reading[LayerDecision]:
+        """What becomes of the layer's tokens, whose sum is over all ranks."""
         if scores is None:
             return LayerDecision(Keep.NONE)
         head_scores, layer_score = scores
-        layer_score = self._model.sum_over_ranks(layer_score)
-        return decide(
-            self._policy,
-            self._layer,
-            self._num_rows,
-            layer_score,
-            head_scores,
-            self._finite,
+        return (
+            yield from deciding(
+                self._policy,
+                self._layer,
+                self._num_rows,
+                layer_score,
+                head_scores,
+                self._finite,
+            )
         )
+
+    def _decide(self) -> LayerDecision:
+        scores = None
+        try:
+            scores = self.score()
+        finally:
+            # Other ranks sum scores, if this one has none or failed: it joins them.
+            if scores is None and self._model.num_ranks > 1:
+                nothing = torch.zeros(
+                    self.scored_rows,
+                    dtype=torch.float32,
+                    device=self._model.shape.device,
+                )
+                self._model.sum_over_ranks(nothing)
+        if scores is not None:
+            scores = scores[0], self._model.sum_over_ranks(scores[1])
+        (decision,) = read_together([self.deciding(scores)])
+        return decision
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # The last row is the last prompt token: the engine's own step computes it.

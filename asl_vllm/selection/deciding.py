@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from asl_vllm.selection.errors import SelectionError
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
+
+
+Result = TypeVar("Result")
+Reading = Generator[Tensor, list[float], Result]
+"""Work that hands over numbers on the device, fp64 ``[n]``, and is given them on the
+host."""
+
+
+def read_together(readings: Iterable[Reading[Result]]) -> list[Result]:
+    """Does the work of all, and has the host wait once for what they all need next."""
+    works = list(readings)
+    results: dict[int, Result] = {}
+    given: dict[int, list[float]] = {}
+    waiting = dict(enumerate(works))
+    while waiting:
+        wanted: dict[int, Tensor] = {}
+        for index, work in waiting.items():
+            try:
+                numbers = given.get(index)
+                wanted[index] = next(work) if numbers is None else work.send(numbers)
+            except StopIteration as end:
+                results[index] = end.value
+        waiting = {index: works[index] for index in wanted}
+        if wanted:
+            read = iter(torch.cat(list(wanted.values())).tolist())
+            given = {i: [next(read) for _ in part] for i, part in wanted.items()}
+    return [results[index] for index in range(len(works))]
 
 
 class FiniteCheck:
@@ -25,16 +55,19 @@ class FiniteCheck:
         self._layers.append(layer)
         self._flags.append(torch.stack(flags).all().double())
 
-    def read(self, value: Tensor | None = None) -> float | None:
-        """Looks at what was added, and reads ``value``: at most one host sync.
+    def read(self) -> Reading[None]:
+        """Looks at what was added: at most one host sync.
 
         Raises:
             SelectionError: Scores are not finite.
         """
-        if not self._flags and value is None:
-            return None
+        if self._flags:
+            yield from self.read_with(None)
+
+    def read_with(self, value: Tensor | None) -> Reading[float | None]:
+        """Looks at what was added, and reads ``value``: one host sync."""
         extra = [] if value is None else [value.double()]
-        numbers = torch.stack([*self._flags, *extra]).tolist()
+        numbers = yield torch.stack([*self._flags, *extra])
         layers = self._layers
         self._layers, self._flags = [], []
         for layer, is_finite in zip(layers, numbers, strict=False):
@@ -46,21 +79,21 @@ class FiniteCheck:
         return None if value is None else float(numbers[-1])
 
 
-def decide(
+def deciding(
     policy: Policy,
     layer: int,
     tokens: int,
     layer_score: Tensor,
     head_scores: Tensor,
     finite: FiniteCheck | None = None,
-) -> LayerDecision:
+) -> Reading[LayerDecision]:
     """A policy's decision about a layer of M ``tokens`` (see `Policy.decide`), checked.
 
     Of a decision's tokens only the shape is checked.
 
-    With ``finite`` it synchronises with the host only where the policy observes a
-    number or selects tokens. Elsewhere ``finite`` is left to be read; until then, what
-    was decided may come of scores that are not finite. Without, it reads each layer's.
+    With ``finite`` it reads numbers only where the policy observes one or selects
+    tokens. Elsewhere ``finite`` is left to be read; until then, what was decided may
+    come of scores that are not finite. Without, it looks at each layer's.
 
     Raises:
         SelectionError: Scores are not finite, or scores or the decision do not fit the
@@ -77,12 +110,27 @@ def decide(
     check = FiniteCheck() if finite is None else finite
     check.add(layer, layer_score, head_scores)
     observed = policy.observe(layer, layer_score)
-    read_now = finite is None or observed is not None
-    number = check.read(observed) if read_now else None
+    number = None
+    if finite is None or observed is not None:
+        number = yield from check.read_with(observed)
     decision = policy.decide(layer, layer_score, head_scores, number)
     _check(policy, layer, decision, kv_heads, tokens)
     if isinstance(decision.deeper, Tensor):
-        check.read()
+        yield from check.read()
+    return decision
+
+
+def decide(
+    policy: Policy,
+    layer: int,
+    tokens: int,
+    layer_score: Tensor,
+    head_scores: Tensor,
+    finite: FiniteCheck | None = None,
+) -> LayerDecision:
+    """`deciding` of one prompt."""
+    work = deciding(policy, layer, tokens, layer_score, head_scores, finite)
+    (decision,) = read_together([work])
     return decision
 
 

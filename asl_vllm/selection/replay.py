@@ -9,7 +9,7 @@ from torch import Tensor
 
 from asl_kernels.rank_variance import descending_ranks
 from asl_vllm.config import AslConfig
-from asl_vllm.selection.deciding import FiniteCheck, decide
+from asl_vllm.selection.deciding import FiniteCheck, decide, read_together
 from asl_vllm.selection.policies import make_policy
 
 
@@ -105,7 +105,7 @@ def replay(
                 tuple(kept),
                 decision.deeper,
             )
-    finite.read()
+    read_together([finite.read()])
     if not ranks:
         raise ValueError(
             f"window_queries, keys: got {given} layers, of which {config.policy} looks "

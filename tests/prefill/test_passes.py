@@ -280,14 +280,13 @@ def test_the_host_waits_only_where_something_can_be_selected(
 ) -> None:
     begun, _, _ = prefill(job(policy=policy), **options)
     read = []
-    stock = FiniteCheck.read
+    stock = FiniteCheck.read_with
 
-    def count(self: FiniteCheck, value: Tensor | None = None) -> float | None:
-        if self._flags or value is not None:
-            read.append(value)
+    def count(self: FiniteCheck, value: Tensor | None) -> Any:
+        read.append(value)
         return stock(self, value)
 
-    monkeypatch.setattr(FiniteCheck, "read", count)
+    monkeypatch.setattr(FiniteCheck, "read_with", count)
     begun.advance(10**9)
     assert begun.done
     assert len(read) == reads
