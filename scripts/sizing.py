@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from asl_vllm.config import AslConfig
-from asl_vllm.prefill import ModelShape
+from asl_vllm.prefill import MOST_PACKED, ModelShape
 from asl_vllm.selection.budget import minimum_budget, resolve_kept
 
 LLAMA_8B = {
@@ -50,10 +50,10 @@ class Sizing:
     def prefill_bytes(self) -> int:
         """Reserved outside the pool: `PrefillBuffers` and `ScratchPages`."""
         shape = self.shape
-        queries = self.window * shape.num_heads * shape.head_dim * shape.dtype.itemsize
+        queries = MOST_PACKED * self.window * shape.num_heads * shape.head_dim
         pages = -(-self.prefill_tokens // self.block_size) * self.block_size
         rows = self.prefill_tokens * shape.bytes_per_token()
-        return rows + queries + pages * self._layer_bytes
+        return rows + queries * shape.dtype.itemsize + pages * self._layer_bytes
 
     @property
     def minimum_budget(self) -> int:

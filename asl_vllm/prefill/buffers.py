@@ -1,25 +1,44 @@
-"""The memory of a prefill, allocated once and lent to one prompt at a time."""
+"""The memory of prefills, allocated once and lent to one prompt or pack at a time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from asl_vllm.prefill.hidden import DeviceHidden, HiddenStates, HostHidden
+from asl_vllm.prefill.hidden import (
+    DeviceHidden,
+    HiddenPart,
+    HiddenStates,
+    HostHidden,
+)
 from asl_vllm.prefill.shape import ModelShape
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where a prompt's rows are, in `PrefillBuffers`; see there."""
+
+    hidden: HiddenStates
+    keys: torch.Tensor
+    values: torch.Tensor
+    window_queries: torch.Tensor
+
+
 class PrefillBuffers:
-    """Hidden states of one prompt, and one layer's keys and values.
+    """Hidden states of prompts, and one layer's keys and values.
 
     ``hidden``, `HiddenStates` of ``capacity`` rows; ``keys`` [capacity, Hkv, D] and
     ``values`` [capacity, Hkv, Dv], in the activations' dtype; ``window_queries``
-    [window, H, D]. Allocated before the engine sizes its KV pool, so a request can
-    never make the process allocate more than this reservation.
+    [packed * window, H, D], each prompt's after another's. Allocated before the engine
+    sizes its KV pool, so a request can never make the process allocate more than this
+    reservation.
 
     Args:
         shape: Sizes of the model.
         capacity: Tokens of the longest prompt.
         window: W.
+        packed: Prompts that share the rows at most.
         host_chunk: None: hidden states on the device. Otherwise they are in host
             memory, and staged on the device this many rows at once.
     """
@@ -30,6 +49,7 @@ class PrefillBuffers:
         capacity: int,
         window: int,
         *,
+        packed: int = 1,
         host_chunk: int | None = None,
     ) -> None:
         def rows(n: int, *dims: int) -> torch.Tensor:
@@ -45,7 +65,22 @@ class PrefillBuffers:
         )
         self.keys = rows(capacity, shape.num_kv_heads, shape.head_dim)
         self.values = rows(capacity, shape.num_kv_heads, shape.value_dim)
-        self.window_queries = rows(window, shape.num_heads, shape.head_dim)
+        self.window = window
+        self.packed = packed
+        self.window_queries = rows(packed * window, shape.num_heads, shape.head_dim)
+
+    def part(self, first: int, place: int) -> Rows:
+        """What a prompt is lent whose row 0 is row ``first``, the ``place``-th of all.
+
+        It may use as many rows as it has and no more.
+        """
+        window = slice(place * self.window, (place + 1) * self.window)
+        return Rows(
+            HiddenPart(self.hidden, first) if first else self.hidden,
+            self.keys[first:],
+            self.values[first:],
+            self.window_queries[window],
+        )
 
     @property
     def device_bytes(self) -> int:

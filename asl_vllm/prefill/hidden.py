@@ -33,11 +33,31 @@ class HiddenStates(abc.ABC):
         """Puts ``rows`` back as the rows from ``start`` on."""
 
     @abc.abstractmethod
-    def keep(self, kept: Tensor, num_rows: int) -> None:
-        """Row i becomes row ``kept[i]`` of the first ``num_rows``.
+    def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
+        """Row i becomes row ``kept[i]`` of ``num_rows`` rows, from ``first`` on.
 
         ``kept``: int64 [k] on the device, strictly ascending.
         """
+
+
+class HiddenPart(HiddenStates):
+    """Rows of others from ``first`` on, as rows from 0 on."""
+
+    def __init__(self, whole: HiddenStates, first: int) -> None:
+        self._whole = whole
+        self._first = first
+
+    def load(self, start: int, end: int) -> Tensor:
+        """See `HiddenStates.load`."""
+        return self._whole.load(self._first + start, self._first + end)
+
+    def store(self, start: int, rows: Tensor) -> None:
+        """See `HiddenStates.store`."""
+        self._whole.store(self._first + start, rows)
+
+    def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
+        """See `HiddenStates.keep`."""
+        self._whole.keep(kept, num_rows, self._first + first)
 
 
 class DeviceHidden(HiddenStates):
@@ -59,9 +79,9 @@ class DeviceHidden(HiddenStates):
         if own.data_ptr() != rows.data_ptr():
             own.copy_(rows)
 
-    def keep(self, kept: Tensor, num_rows: int) -> None:
+    def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
         """See `HiddenStates.keep`."""
-        _move_up(self._rows[:num_rows], kept, _MOVED_AT_ONCE)
+        _move_up(self._rows[first : first + num_rows], kept, _MOVED_AT_ONCE)
 
 
 class HostHidden(HiddenStates):
@@ -94,11 +114,11 @@ class HostHidden(HiddenStates):
         own = self._rows[start : start + len(rows)]
         own.copy_(rows, non_blocking=True)
 
-    def keep(self, kept: Tensor, num_rows: int) -> None:
+    def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
         """See `HiddenStates.keep`."""
         # Waits for the stream, and so for every `store` before it.
         kept = kept.to("cpu")
-        _move_up(self._rows[:num_rows], kept, len(self._stage))
+        _move_up(self._rows[first : first + num_rows], kept, len(self._stage))
 
 
 def _move_up(rows: Tensor, kept: Tensor, at_once: int) -> None:

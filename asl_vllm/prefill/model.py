@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -39,6 +40,7 @@ class DecoderModel(Protocol):
         hidden: torch.Tensor,
         start: int,
         tap: LayerTap,
+        lengths: Sequence[int] = (),
     ) -> None:
         """Sends rows ``[start, start + n)`` of a sequence through one layer.
 
@@ -47,6 +49,9 @@ class DecoderModel(Protocol):
         rows ``[0, start + n)`` of this layer; earlier rows were run before, in
         order. The tap receives the chunk's queries, keys and values; where it asks
         for these only, ``hidden`` is left undefined.
+
+        ``lengths``, where given: the n rows are whole sequences of these lengths, one
+        after the other, none of which sees another; ``start`` is 0.
         """
         ...
 

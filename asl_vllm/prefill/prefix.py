@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from asl_vllm.prefill.bands import Bands
-from asl_vllm.prefill.buffers import PrefillBuffers
+from asl_vllm.prefill.buffers import Rows
 from asl_vllm.prefill.job import PrefillJob
 from asl_vllm.prefill.model import DecoderModel
 
@@ -28,7 +28,7 @@ class CachedPrefix:
             device=model.shape.device,
         )
 
-    def load(self, layer: int, buffers: PrefillBuffers) -> None:
+    def load(self, layer: int, buffers: Rows) -> None:
         """Makes the prefix the first rows of this layer, in the buffers too."""
         self._model.load_prefix(
             layer,
@@ -71,9 +71,7 @@ class Rerun:
         """Rows of the pass that runs next."""
         return min(chunk_tokens, self.num_rows - self._row)
 
-    def run_pass(
-        self, model: DecoderModel, buffers: PrefillBuffers, chunk_tokens: int
-    ) -> None:
+    def run_pass(self, model: DecoderModel, buffers: Rows, chunk_tokens: int) -> None:
         """Sends one chunk through one layer."""
         start, end = self._row, self._row + self.next_rows(chunk_tokens)
         if start == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from asl_kernels.gather_kept import gather_tokens
 from asl_vllm.prefill.buffers import PrefillBuffers
 
 
@@ -14,13 +15,15 @@ class KeysTaken(Exception):
 class LayerTap:
     """Copies a layer's keys, values and window queries into `PrefillBuffers`.
 
-    Row r of the buffers is row r of the sequence in this layer (an index into the
-    tokens that entered the layer, not a position). The engine calls `on_kv` and
-    `on_query` from its attention layer, in either order, once a chunk.
+    Of one prompt; see `PackTap` for several. Row r of the buffers is row r of the
+    sequence in this layer (an index into the tokens that entered the layer, not a
+    position). The engine calls `on_kv` and `on_query` from its attention layer, in
+    either order, once a chunk.
     """
 
     def __init__(self, buffers: PrefillBuffers) -> None:
         self._buffers = buffers
+        self._window = buffers.window_queries[: buffers.window]
         self.keys_only = False
         self._num_rows = 0
         self._start = 0
@@ -47,10 +50,35 @@ class LayerTap:
 
     def on_query(self, query: torch.Tensor) -> None:
         """Takes the chunk's queries [n, H, D]; keeps those of the window."""
-        window = self._buffers.window_queries
+        window = self._window
         first = self._num_rows - window.shape[0]
         begin = max(self._start, first)
         if begin >= self._end:
             return
         n = self._end - self._start
         window[begin - first : self._end - first].copy_(query[begin - self._start : n])
+
+
+class PackTap(LayerTap):
+    """The same of several prompts, whose rows all pass at once, one after another."""
+
+    def __init__(self, buffers: PrefillBuffers) -> None:
+        super().__init__(buffers)
+        self._last: torch.Tensor | None = None
+
+    def start_pack(
+        self, num_rows: int, window_rows: torch.Tensor, *, keys_only: bool
+    ) -> None:
+        """A layer begins that ``num_rows`` tokens will pass at once.
+
+        ``window_rows`` int64 [prompts * W]: the last W of each prompt's.
+        """
+        self.start_layer(num_rows, keys_only=keys_only)
+        self.start_chunk(0, num_rows)
+        self._last = window_rows
+
+    def on_query(self, query: torch.Tensor) -> None:
+        """Takes the queries [n, H, D]; keeps those of each prompt's window."""
+        assert self._last is not None
+        window = self._buffers.window_queries[: len(self._last)]
+        window.copy_(gather_tokens(query.flatten(1), self._last).view(window.shape))

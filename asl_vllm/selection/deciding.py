@@ -11,7 +11,6 @@ from torch import Tensor
 from asl_vllm.selection.errors import SelectionError
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
-
 Result = TypeVar("Result")
 Reading = Generator[Tensor, list[float], Result]
 """Work that hands over numbers on the device, fp64 ``[n]``, and is given them on the

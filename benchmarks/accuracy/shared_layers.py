@@ -186,9 +186,16 @@ class SharedLayers:
         return self.model.embed(token_ids)
 
     def run_layer(
-        self, layer: int, positions: Tensor, hidden: Tensor, start: int, tap: LayerTap
+        self,
+        layer: int,
+        positions: Tensor,
+        hidden: Tensor,
+        start: int,
+        tap: LayerTap,
+        lengths: Sequence[int] = (),
     ) -> None:
-        """See `DecoderModel.run_layer`."""
+        """See `DecoderModel.run_layer`; one sequence at a time."""
+        assert not lengths
         assert start == 0
         out = self._output(layer, hidden, positions)
         tap.on_query(out.q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -98,8 +99,10 @@ class ToyDecoder:
         hidden: Tensor,
         start: int,
         tap: LayerTap,
+        lengths: Sequence[int] = (),
     ) -> None:
         assert len(positions) == len(hidden)
+        assert not lengths or (sum(lengths), start) == (len(hidden), 0)
         self.calls.append(Call(layer, start, positions.tolist(), tap.keys_only))
         turn = 1 + 0.01 * positions[:, None, None]
         q = turn * self._project(self.w_q[layer], hidden, self.shape.num_heads)
@@ -110,7 +113,17 @@ class ToyDecoder:
             assert len(before) == start
             history[layer] = torch.cat([before, rows])
         rows = start + torch.arange(len(q))
-        heads = self._attend(layer, q, rows, self.keys[layer], self.values[layer])
+        keys, values = self.keys[layer], self.values[layer]
+        if lengths:
+            parts = [torch.split(part, list(lengths)) for part in (q, keys, values)]
+            heads = torch.cat(
+                [
+                    self._attend(layer, own, torch.arange(len(own)), key, value)
+                    for own, key, value in zip(*parts, strict=True)
+                ]
+            )
+        else:
+            heads = self._attend(layer, q, rows, keys, values)
         hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
 
         def padded(rows: Tensor) -> Tensor:
@@ -267,14 +280,22 @@ def job(
     )
 
 
-def buffers(capacity: int = CAPACITY, window: int = WINDOW) -> PrefillBuffers:
-    return PrefillBuffers(SHAPE, capacity, window)
+def buffers(
+    capacity: int = CAPACITY, window: int = WINDOW, packed: int = 1
+) -> PrefillBuffers:
+    return PrefillBuffers(SHAPE, capacity, window, packed=packed)
 
 
 def factory(
-    model: ToyDecoder, *, chunk: int = 16, capacity: int = CAPACITY, **options: object
+    model: ToyDecoder,
+    *,
+    chunk: int = 16,
+    capacity: int = CAPACITY,
+    packed: int = 1,
+    **options: object,
 ) -> PrefillFactory:
-    return PrefillFactory(model, buffers(capacity), config(**options), chunk)
+    held = buffers(capacity, packed=packed)
+    return PrefillFactory(model, held, config(**options), chunk)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asl_vllm.config import POLICY_NAMES
-from asl_vllm.prefill import ModelShape, PrefillBuffers
+from asl_vllm.prefill import MOST_PACKED, ModelShape, PrefillBuffers
 from asl_vllm_testing import scripts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,8 @@ def test_the_prefill_takes_what_is_worked_out(tensor_parallel) -> None:
     sized = sizing.Sizing(shape=shape, block_size=16, window=5, prefill_tokens=100)
     # 7 pages of 16 tokens, as ScratchPages has them, of one layer.
     pages = 7 * 16 * sized.kv_bytes_per_token // 3
-    assert sized.prefill_bytes == PrefillBuffers(shape, 100, 5).device_bytes + pages
+    buffers = PrefillBuffers(shape, 100, 5, packed=MOST_PACKED)
+    assert sized.prefill_bytes == buffers.device_bytes + pages
 
 
 def test_the_pool_is_counted_in_whole_blocks() -> None:

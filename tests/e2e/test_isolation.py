@@ -232,7 +232,7 @@ def test_chunk_size_changes_next_to_nothing(
 PLACES = (
     "asl_vllm.prefill.factory.make_policy",
     "asl_vllm.selection.policies.base.window_scores",
-    "asl_vllm.prefill.passes.gather_kept",
+    "asl_vllm.prefill.prompt.gather_kept",
     "asl_vllm.prefill.hidden.gather_tokens",
 )
 

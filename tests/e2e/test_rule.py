@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -292,3 +293,76 @@ def test_unknown_policies_are_refused(running: Engine, policy: Any) -> None:
     with pytest.raises(VLLMValidationError, match="kv_policy: got") as refused:
         running.generate([random_prompt(300, seed=300)], budget=96, policy=policy)
     assert refused.value.parameter == "kv_policy"
+
+
+TOGETHER = [
+    ("asl", 300, 96),
+    ("gemfilter", 200, 80),
+    ("snapkv", 90, 50),
+    ("fastkv", 333, 0.5),
+    ("asl", 130, 100),
+    ("pyramidinfer", 170, 64),
+    ("asl", 250, 60),
+    ("snapkv", 70, 0.7),
+]
+"""Policies, tokens and budgets of prompts that fit into one chunk."""
+
+
+def test_prompts_that_pass_together_answer_as_one_by_one(
+    running: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keep the same tokens; all pass each layer at once."""
+    recorded = [record(monkeypatch, name) for name in POLICY_NAMES if name != "none"]
+    passes: list[int] = []
+    run_layer = running.factory.model.run_layer
+
+    def count(layer: int, positions: Tensor, *args: Any) -> None:
+        passes.append(len(positions))
+        run_layer(layer, positions, *args)
+
+    monkeypatch.setattr(running.factory.model, "run_layer", count)
+    prompts = [
+        {"prompt_token_ids": random_prompt(n, seed=i)}
+        for i, (_, n, _) in enumerate(TOGETHER)
+    ]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+            extra_args={"kv_policy": policy, "kv_budget": budget},
+        )
+        for policy, _, budget in TOGETHER
+    ]
+
+    def ask(*which: int) -> tuple[list[Any], list[Any], int]:
+        passes.clear()
+        for decisions in recorded:
+            decisions.clear()
+        some = [prompts[i] for i in which], [params[i] for i in which]
+        outputs = running.llm.generate(*some, use_tqdm=False)
+        answers = [
+            (output.outputs[0].token_ids, output.kv_transfer_params)
+            for output in outputs
+        ]
+        return answers, [list(d.of_prompt) for d in recorded], len(passes)
+
+    alone = [ask(i) for i in range(len(TOGETHER))]
+    answers, decided, num_passes = ask(*range(len(TOGETHER)))
+    assert answers == [answer for (answer,), _, _ in alone]
+    for number, of_policy in enumerate(decided):
+        want = [prompt for _, found, _ in alone for prompt in found[number]]
+        for mine, theirs in zip(of_policy, want, strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                for tokens, others in (
+                    (one.kept, other.kept),
+                    (one.deeper, other.deeper),
+                ):
+                    if isinstance(tokens, Tensor):
+                        assert torch.equal(tokens, others)
+                    else:
+                        assert tokens is others
+    # One for each layer, and as many for the prompt that starts over.
+    layers = running.factory.model.shape.num_layers
+    assert num_passes == 2 * layers
+    assert max(passes) == sum(n for _, n, _ in TOGETHER)

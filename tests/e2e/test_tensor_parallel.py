@@ -50,7 +50,7 @@ def answers(llm: LLM) -> list[tuple[list[int], Any]]:
 PLACES = (
     "asl_vllm.prefill.factory.make_policy",
     "asl_vllm.selection.policies.base.window_scores",
-    "asl_vllm.prefill.passes.gather_kept",
+    "asl_vllm.prefill.prompt.gather_kept",
     "asl_vllm.engine.worker.decoder.VllmDecoder.write_kept",
 )
 """What ranks do between passes, where an error of one is agreed on."""

@@ -12,8 +12,11 @@ from asl_vllm.engine.worker import chunks
 from asl_vllm.engine.worker.chunks import ChunkMetadata
 
 CAPACITY, CHUNK = 100, 16
+PAGE = 16
 SCRATCH: Any = SimpleNamespace(
-    slots=torch.arange(CAPACITY), block_table=torch.arange(7, dtype=torch.int32)[None]
+    slots=torch.arange(CAPACITY),
+    block_table=torch.arange(7, dtype=torch.int32)[None],
+    spec=SimpleNamespace(block_size=PAGE),
 )
 
 
@@ -73,6 +76,37 @@ def test_nothing_goes_to_the_device_for_a_chunk(
     for name in ("to", "cuda", "copy_"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     metadata.of(0, 16)
+
+
+@pytest.mark.parametrize("lengths", [(16, 17, 1), (5,), (1, 2, 3, 4, 5, 6, 7)])
+def test_sequences_lie_in_pages_of_their_own(lengths: tuple[int, ...]) -> None:
+    metadata, builder = made()
+    found = metadata.of_several(list(lengths))
+    starts = found.query_start_loc.tolist()
+    assert starts == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert found.query_start_loc_cpu.tolist() == starts
+    assert found.seq_lens.tolist() == found.seq_lens_cpu_upper_bound.tolist()
+    assert found.seq_lens.tolist() == list(lengths)
+    assert (found.num_reqs, found.num_actual_tokens) == (len(lengths), sum(lengths))
+    assert found.max_query_len == found.max_seq_len == max(lengths)
+    slots = found.slot_mapping.tolist()
+    assert found.slot_mapping.dtype == SCRATCH.slots.dtype
+    pages: list[int] = []
+    for number, length in enumerate(lengths):
+        own = slots[starts[number] : starts[number + 1]]
+        table = found.block_table_tensor[number].tolist()
+        # A row's slots are where its table says that its tokens are.
+        assert own == [table[i // PAGE] * PAGE + i % PAGE for i in range(length)]
+        pages += table[: -(-length // PAGE)]
+    assert len(set(pages)) == len(pages)
+    assert max(pages) < 7
+    assert metadata.of_several(lengths) is found
+    assert builder.built == 1
+
+
+def test_sequences_without_room_are_refused() -> None:
+    with pytest.raises(AssertionError, match="no room"):
+        made()[0].of_several([1] * 8)
 
 
 def test_few_chunks_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

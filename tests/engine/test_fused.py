@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import vllm._custom_ops  # noqa: F401  # loads the kernels that the test counts
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import ir
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -18,26 +16,10 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 from asl_vllm.engine.worker import fused
 from asl_vllm.engine.worker.fused import FusedLayers
+from asl_vllm_testing.launches import Launches
 
 TOKENS, HIDDEN, HEADS, HEAD_DIM = 5, 64, 4, 16
 NORMS = ("rms_norm", "fused_add_rms_norm")
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations that compute; views and new tensors launch nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tags = (func.namespace, func.__name__.partition(".")[0])
-        if not func.is_view and tags[1] not in ("empty", "empty_like", "detach"):
-            self.names.append("::".join(tags))
-        return result
 
 
 class Layer(nn.Module):

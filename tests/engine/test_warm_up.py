@@ -10,8 +10,8 @@ from torch import Tensor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from asl_vllm.engine.worker.warm_up import warm_up
-from asl_vllm.prefill import PrefillFactory, hidden, passes
-from asl_vllm.selection import settling
+from asl_vllm.prefill import Packer, PrefillFactory, hidden, prompt
+from asl_vllm.selection import settling, together
 from asl_vllm.selection.policies import POLICIES, base
 from asl_vllm_testing import toy
 from asl_vllm_testing.toy import ToyDecoder
@@ -33,13 +33,15 @@ class Quiet(ToyDecoder):
         self.slots.update(slots.tolist())
 
 
-def factory(capacity: int = toy.CAPACITY, **options: Any) -> PrefillFactory:
-    return toy.factory(Quiet(), chunk=CHUNK, capacity=capacity, **options)
+def factory(
+    capacity: int = toy.CAPACITY, chunk: int = CHUNK, **options: Any
+) -> PrefillFactory:
+    return toy.factory(Quiet(), chunk=chunk, capacity=capacity, packed=2, **options)
 
 
 KERNELS: tuple[tuple[ModuleType, str], ...] = (
     (base, "window_scores"),
-    (passes, "gather_kept"),
+    (prompt, "gather_kept"),
     (hidden, "gather_tokens"),
     (settling, "descending_ranks"),
     (settling, "rank_variance"),
@@ -62,13 +64,32 @@ def test_all_that_requests_need_has_run_before(
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
     made = factory(policy=policy)
-    warm_up(made, POLICIES, 1)
+    warm_up(made, POLICIES, 1, Packer(made))
     assert ran == {name for _, name in KERNELS}
     model = made.model
     assert isinstance(model, Quiet)
     sizes = {len(call.positions) for call in model.calls}
     # A full chunk and one token, and numbers of 16 and others.
     assert {CHUNK, 1, 32, 33} <= sizes
+    assert model.slots == {PAD_SLOT_ID}
+
+
+def test_prompts_have_run_together_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the one launch that scores several."""
+    score, scored = together.window_scores, []
+
+    def note(*args: Any, lengths: Any, **kwargs: Any) -> Any:
+        scored.append(tuple(lengths))
+        return score(*args, lengths=lengths, **kwargs)
+
+    monkeypatch.setattr(together, "window_scores", note)
+    made = factory(capacity=400, chunk=400, policy="asl")
+    warm_up(made, POLICIES, 1, Packer(made))
+    assert {len(lengths) for lengths in scored} == {2}
+    model = made.model
+    assert isinstance(model, Quiet)
+    alone = sum(call.layer == 0 and call.start == 0 for call in model.calls)
+    assert alone > len(POLICIES)
     assert model.slots == {PAD_SLOT_ID}
 
 
@@ -82,20 +103,20 @@ def test_requests_find_the_policies_they_ask_for() -> None:
             return super().__call__(job)
 
     noting = Noting(made.model, made.buffers, made.config, made.chunk_tokens)
-    warm_up(noting, POLICIES, 1)
+    warm_up(noting, POLICIES, 1, Packer(noting))
     assert set(asked) == set(POLICIES)
 
 
 def test_bands_have_slots_of_their_own() -> None:
     made = factory(bands=5)
-    warm_up(made, ["asl"], 5)
+    warm_up(made, ["asl"], 5, Packer(made))
     assert made.model.slots == {PAD_SLOT_ID}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("capacity", [10, 13, 33, CHUNK])
 def test_short_buffers_are_not_outgrown(capacity: int) -> None:
     made = factory(capacity=capacity)
-    warm_up(made, POLICIES, 1)
+    warm_up(made, POLICIES, 1, Packer(made))
     sizes = {len(call.positions) for call in made.model.calls}  # type: ignore[attr-defined]
     assert max(sizes, default=0) <= capacity
 
@@ -105,5 +126,5 @@ def test_scores_that_are_not_finite_do_not_end_the_start(
 ) -> None:
     made = factory(policy="snapkv")
     made.model.poison = {0}  # type: ignore[attr-defined]
-    warm_up(made, ["snapkv"], 1)
+    warm_up(made, ["snapkv"], 1, Packer(made))
     assert made.model.slots == {PAD_SLOT_ID}  # type: ignore[attr-defined]

@@ -16,62 +16,13 @@ from asl_vllm.prefill import (
     PrefillJob,
     PrefillQueue,
     RankLostError,
-    Verdict,
     hidden,
-    passes,
+    prompt,
 )
 from asl_vllm.prefill.agreement import agreed
 from asl_vllm.selection.policies import base, gemfilter
 from asl_vllm_testing.toy import ToyDecoder, job, prefill
-
-SECONDS = 20
-"""A rank that waits alone fails the test instead of hanging it."""
-
-
-class Meeting:
-    """What a collective operation is to two ranks."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(2, timeout=SECONDS)
-        self._given: dict[int, Any] = {}
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self._given[rank] = value
-        self._barrier.wait()
-        values = [self._given[0], self._given[1]]
-        self._barrier.wait()
-        return values
-
-    def leave(self) -> None:
-        self._barrier.abort()
-
-
-class Rank(ToyDecoder):
-    """A toy decoder that meets the other rank where vLLM's ranks do."""
-
-    def join(self, meeting: Meeting, rank: int) -> Rank:
-        self.meeting, self.rank = meeting, rank
-        self.exchanges = self.sums = 0
-        return self
-
-    def run_layer(self, *args: Any) -> None:
-        self.meeting.gather(self.rank, "layer")
-        super().run_layer(*args)
-
-    def sum_over_ranks(self, layer_score: Tensor) -> Tensor:
-        self.sums += 1
-        return torch.stack(self.meeting.gather(self.rank, layer_score)).sum(0)
-
-    @property
-    def num_ranks(self) -> int:
-        return 2
-
-    def exchange(self, failed: bool, digest: bytes) -> Verdict:
-        self.exchanges += 1
-        both = self.meeting.gather(self.rank, (failed, digest))
-        if any(failed for failed, _ in both):
-            return Verdict.FAILED
-        return Verdict.SAME if len(set(both)) == 1 else Verdict.DIFFERENT
+from asl_vllm_testing.two_ranks import Meeting, Rank
 
 
 def ranks() -> list[Rank]:
@@ -122,7 +73,7 @@ def on_rank(models: list[Rank], rank: int, function: Any, nth: int) -> Any:
     return maybe
 
 
-PLACES = ((base, "window_scores"), (passes, "gather_kept"), (hidden, "gather_tokens"))
+PLACES = ((base, "window_scores"), (prompt, "gather_kept"), (hidden, "gather_tokens"))
 
 
 def _name(part: object) -> str:

@@ -1,16 +1,20 @@
-"""Attention metadata of a prefill's chunks, without a transfer to the device.
+"""Attention metadata of a prefill's chunks, made without waiting for the device.
 
 Touch points: `CommonAttentionMetadata` and the backend's own metadata builder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.prefill import on_device
 
 _MOST = 256
 """Chunks remembered; a prompt of a million tokens has half as many."""
@@ -50,6 +54,7 @@ class ChunkMetadata:
         )
         self._bounds[:, 1] = numbers[: most + 1]
         self._made: dict[tuple[int, int], Any] = {}
+        self._packed: tuple[tuple[int, ...], Any] = (), None
 
     def of(self, start: int, end: int) -> Any:
         """The backend's metadata of rows ``[start, end)``."""
@@ -64,6 +69,45 @@ class ChunkMetadata:
             found = self._builder.build(0, common, fast_build=True)
             self._made[key] = found
         return found
+
+    def of_several(self, lengths: Sequence[int]) -> Any:
+        """The backend's metadata of whole sequences, one after the other.
+
+        Each lies in scratch pages of its own. Layers share what is built once.
+        """
+        key = tuple(lengths)
+        if self._packed[0] != key:
+            common = self._common_of_several(key)
+            self._packed = key, self._builder.build(0, common, fast_build=True)
+        return self._packed[1]
+
+    def _common_of_several(self, lengths: tuple[int, ...]) -> CommonAttentionMetadata:
+        page, slots = self._scratch.spec.block_size, self._scratch.slots
+        pages = [cdiv(length, page) for length in lengths]
+        first = [0, *accumulate(pages)]
+        assert first[-1] <= self._scratch.block_table.shape[1], "no room for all"
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        # Columns behind a row's pages are not read.
+        columns = torch.arange(max(pages), dtype=torch.int32)
+        table = torch.tensor(first[:-1], dtype=torch.int32)[:, None] + columns
+        places = [
+            torch.arange(start * page, start * page + length)
+            for start, length in zip(first, lengths, strict=False)
+        ]
+        device = slots.device
+        return CommonAttentionMetadata(
+            query_start_loc=on_device(ends, device),
+            query_start_loc_cpu=ends,
+            seq_lens=on_device(seq_lens, device),
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(lengths),
+            num_actual_tokens=int(ends[-1]),
+            max_query_len=max(lengths),
+            max_seq_len=max(lengths),
+            block_table_tensor=on_device(table, device),
+            slot_mapping=on_device(torch.cat(places).to(slots.dtype), device),
+        )
 
     def _common(self, start: int, end: int) -> CommonAttentionMetadata:
         n = end - start

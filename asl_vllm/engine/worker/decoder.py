@@ -7,7 +7,7 @@ KV pool.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
@@ -96,10 +96,12 @@ class VllmDecoder(Ranks):
         hidden: torch.Tensor,
         start: int,
         tap: LayerTap,
+        lengths: Sequence[int] = (),
     ) -> None:
         """See `DecoderModel.run_layer`."""
         with among_ranks(f"layer {layer}"):
-            self._run_layer(layer, positions, hidden, start, self._borrowed(layer, tap))
+            lent = self._borrowed(layer, tap)
+            self._run_layer(layer, positions, hidden, start, lent, lengths)
 
     @torch.inference_mode()
     def run_at(
@@ -159,9 +161,13 @@ class VllmDecoder(Ranks):
         hidden: torch.Tensor,
         start: int,
         lent: AbstractContextManager[None],
+        lengths: Sequence[int] = (),
     ) -> None:
         name = self._attentions[layer].layer_name
-        metadata = self._chunks.of(start, start + len(hidden))
+        if lengths:
+            metadata = self._chunks.of_several(lengths)
+        else:
+            metadata = self._chunks.of(start, start + len(hidden))
         with (
             self._fused.running(),
             lent,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
-from asl_vllm.prefill import PrefillFactory, PrefillJob
+from asl_vllm.prefill import Pack, Packer, Prefill, PrefillFactory, PrefillJob
 from asl_vllm.selection.errors import SelectionError
 
 logger = init_logger(__name__)
@@ -19,30 +19,50 @@ _KEPT = 8
 """Tokens kept beside the window: few, so that short prompts are pruned."""
 
 
-def warm_up(factory: PrefillFactory, policies: Iterable[str], bands: int) -> None:
+def warm_up(
+    factory: PrefillFactory, policies: Iterable[str], bands: int, packer: Packer
+) -> None:
     """Runs each policy on short prompts, and one on a full chunk and a token more.
 
-    Between them they run every kernel, whatever the number of tokens: kernels are
-    compiled for one token or for several, and for numbers of 16 or others. Writes
-    nothing to the KV pool. All tensor-parallel ranks must call it.
+    Then the short ones together. Between them they run every kernel, whatever the
+    number of tokens: kernels are compiled for one token or for several, and for numbers
+    of 16 or others. Writes nothing to the KV pool. All tensor-parallel ranks must call
+    it.
     """
-    for policy, tokens in _prompts(factory, list(policies)):
-        kept = factory.config.window + _KEPT
-        job = PrefillJob(
-            request_id="warm-up",
-            policy=policy,
-            prompt_token_ids=[0] * tokens,
-            pruned_blocks=tokens - kept,
-            block_size=1,
-            block_ids=[[PAD_SLOT_ID] * (kept - 1)] * bands,
-        )
-        try:
-            prefill = factory(job)
-            while not prefill.done:
-                prefill.advance(factory.chunk_tokens)
-        except SelectionError as error:
-            # As with weights that are no model's. Requests will be told the same.
-            logger.warning("asl_vllm: warming up %s: %s", policy, error)
+    jobs = [
+        _job(factory, f"warm-up-{number}", policy, tokens, bands)
+        for number, (policy, tokens) in enumerate(_prompts(factory, list(policies)))
+    ]
+    for job in jobs:
+        _run(factory(job))
+    while jobs:
+        count = packer.count(jobs, ())
+        if count > 1:
+            _run(packer.pack([factory(job) for job in jobs[:count]]))
+        jobs = jobs[count:]
+
+
+def _job(
+    factory: PrefillFactory, name: str, policy: str, tokens: int, bands: int
+) -> PrefillJob:
+    kept = factory.config.window + _KEPT
+    return PrefillJob(
+        request_id=name,
+        policy=policy,
+        prompt_token_ids=[0] * tokens,
+        pruned_blocks=tokens - kept,
+        block_size=1,
+        block_ids=[[PAD_SLOT_ID] * (kept - 1)] * bands,
+    )
+
+
+def _run(prefill: Prefill | Pack) -> None:
+    try:
+        while not prefill.done:
+            prefill.advance(1)
+    except SelectionError as error:
+        # As with weights that are no model's. Requests will be told the same.
+        logger.warning("asl_vllm: warming up: %s", error)
 
 
 def _prompts(factory: PrefillFactory, policies: list[str]) -> Iterator[tuple[str, int]]:

@@ -23,7 +23,13 @@ from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages, scratch_spec
 from asl_vllm.engine.worker.warm_up import warm_up
-from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillQueue
+from asl_vllm.prefill import (
+    Packer,
+    PrefillBuffers,
+    PrefillFactory,
+    PrefillQueue,
+    most_packed,
+)
 from asl_vllm.selection.policies import installed_policies
 
 logger = init_logger(__name__)
@@ -62,6 +68,7 @@ class PrefillWorkerMixin:
             self._prefill_shape,
             capacity,
             config.window,
+            packed=most_packed(settings.chunk_tokens, config.window),
             host_chunk=settings.chunk_tokens if on_host else None,
         )
         impl = attention_layers(model)[0].impl
@@ -116,16 +123,17 @@ class PrefillWorkerMixin:
         self._factory = PrefillFactory(
             decoder, self._buffers, settings.config, settings.chunk_tokens
         )
+        self._packer = Packer(self._factory, self._scratch.spec.block_size)
         # Ours, alone or beside another.
         connector: Any = get_kv_transfer_group()
-        connector.bind_prefill_queue(PrefillQueue(self._factory))
+        connector.bind_prefill_queue(PrefillQueue(self._factory, self._packer))
 
     def compile_or_warm_up_model(self) -> Any:
         """Has all that prefills compile compiled, before vLLM does so with its own."""
         # On a CPU there is nothing to compile.
         if self.device.type == "cuda":
             bands = settings_of(self.vllm_config).bands.count
-            warm_up(self._factory, installed_policies(), bands)
+            warm_up(self._factory, installed_policies(), bands, self._packer)
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def _check_pages(self) -> None:

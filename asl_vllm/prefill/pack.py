@@ -1,0 +1,229 @@
+"""Short prompts that go through the layers together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from asl_vllm.prefill.advancing import Advancing
+from asl_vllm.prefill.agreement import agreed, digest_of, unexchanged
+from asl_vllm.prefill.buffers import PrefillBuffers
+from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.passes import Prefill
+from asl_vllm.prefill.prompt import Scores, on_device
+from asl_vllm.prefill.tap import PackTap
+from asl_vllm.selection.deciding import read_together
+from asl_vllm.selection.errors import SelectionError
+from asl_vllm.selection.policies import LayerDecision
+from asl_vllm.selection.together import score_together, scores_alike
+
+
+class Pack(Advancing):
+    """Several prefills whose rows pass a layer at once, one prompt's after another's.
+
+    A pass is a whole layer of all of them, so all are at one layer; those that start
+    over wait for the others to end. What becomes of a prompt is what becomes of it
+    alone, but for the rounding of the model's products.
+
+    An error of one is an error of the pack: who runs it runs those left anew, each
+    alone. Then none but its own ends with it.
+
+    Args:
+        prefills: Not begun. Together they fit into the buffers, and a chunk.
+        model: That of all of them.
+        buffers: Theirs.
+    """
+
+    def __init__(
+        self, prefills: Sequence[Prefill], model: DecoderModel, buffers: PrefillBuffers
+    ) -> None:
+        super().__init__()
+        assert 1 <= len(prefills) <= buffers.packed
+        self._model = model
+        self._buffers = buffers
+        self._tap = PackTap(buffers)
+        self._passing = list(prefills)
+        self._starting_over: list[Prefill] = []
+        self._ended: list[Prefill] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        self._window_rows = torch.empty(0, dtype=torch.int64)
+        self._positions = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def prefills(self) -> list[Prefill]:
+        """Those that have not ended."""
+        return [*self._passing, *self._starting_over]
+
+    @property
+    def done(self) -> bool:
+        """Whether all have ended."""
+        return not self.prefills
+
+    @property
+    def next_cost(self) -> int:
+        """Token-layers of the pass that runs next."""
+        return sum(prefill.num_rows for prefill in self._passing or self.prefills)
+
+    def drop(self, request_id: str) -> bool:
+        """Ends one without a result; whether it was there."""
+        before = len(self.prefills)
+        for some in (self._passing, self._starting_over):
+            some[:] = [p for p in some if p.job.request_id != request_id]
+        return len(self.prefills) < before
+
+    def take_ended(self) -> list[Prefill]:
+        """Those that ended since the last call, in order."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _run_pass(self) -> None:
+        self.computed_token_layers += self.next_cost
+        if not self._passing:
+            self._passing, self._starting_over = self._starting_over, []
+            self._places = {}
+        with unexchanged(self._model):
+            lengths = self._arrange()
+        for prefill in self._passing:
+            prefill.begin_layer()
+        layer, rows = self._passing[0].layer, sum(lengths)
+        last = layer == self._model.shape.num_layers - 1
+        self._tap.start_pack(rows, self._window_rows, keys_only=last)
+        hidden = self._buffers.hidden.load(0, rows)
+        self._model.run_layer(layer, self._positions, hidden, 0, self._tap, lengths)
+        if not last:
+            self._buffers.hidden.store(0, hidden)
+        for prefill in self._passing:
+            prefill.passed()
+        self._finish_layer(lengths)
+        self._leave_layer()
+
+    def _arrange(self) -> list[int]:
+        """Rows of each, which then lie one after the other, without gaps."""
+        lengths = [prefill.num_rows for prefill in self._passing]
+        names = [prefill.job.request_id for prefill in self._passing]
+        ends = list(accumulate(lengths))
+        firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        places = dict(zip(names, zip(firsts, lengths, strict=True), strict=True))
+        if self._places == places:
+            return lengths
+        device = self._model.shape.device
+        before = self._places or places
+        if any(before[name][0] != place[0] for name, place in places.items()):
+            rows = [
+                torch.arange(length) + before[name][0]
+                for name, length in zip(names, lengths, strict=True)
+            ]
+            kept = on_device(torch.cat(rows), device)
+            self._buffers.hidden.keep(kept, int(rows[-1][-1]) + 1)
+        self._places = places
+        window = torch.arange(-self._buffers.window, 0)
+        last = [end + window for end in ends]
+        self._window_rows = on_device(torch.cat(last), device)
+        for index, prefill in enumerate(self._passing):
+            prefill.lend(self._buffers.part(firsts[index], index))
+        self._positions = torch.cat([prefill.positions for prefill in self._passing])
+        return lengths
+
+    def _finish_layer(self, lengths: list[int]) -> None:
+        asking = [prefill for prefill in self._passing if prefill.asks]
+        with unexchanged(self._model):
+            for prefill in self._passing:
+                if not prefill.asks:
+                    prefill.keep_and_send_deeper()
+        if not asking:
+            return
+        with agreed(self._model) as brought:
+            scores = self._scores(asking, lengths)
+            decisions = read_together(
+                prefill.deciding(own)
+                for prefill, own in zip(asking, scores, strict=True)
+            )
+            if self._model.num_ranks > 1:
+                brought.digest = _digest(decisions)
+            for prefill, decision in zip(asking, decisions, strict=True):
+                prefill.keep_and_send_deeper(decision)
+
+    def _scores(self, asking: list[Prefill], lengths: list[int]) -> list[Scores | None]:
+        """Scores of each, the layer's summed over ranks."""
+        if self._model.num_ranks == 1:
+            return self._own_scores(asking, lengths)
+        columns = [prefill.scored_rows for prefill in asking]
+        scores: list[Scores | None] = [None] * len(asking)
+        try:
+            scores = self._own_scores(asking, lengths)
+        finally:
+            # Other ranks sum scores, if this one failed: it joins them.
+            device = self._model.shape.device
+            layer_scores = [
+                torch.zeros(n, dtype=torch.float32, device=device)
+                if own is None
+                else own[1]
+                for own, n in zip(scores, columns, strict=True)
+            ]
+            together = self._model.sum_over_ranks(torch.cat(layer_scores))
+            summed = torch.split(together, columns)
+        return [
+            None if own is None else (own[0], layer_score)
+            for own, layer_score in zip(scores, summed, strict=True)
+        ]
+
+    def _own_scores(
+        self, asking: list[Prefill], lengths: list[int]
+    ) -> list[Scores | None]:
+        """Of this rank's heads."""
+        alike = [prefill for prefill in asking if scores_alike(prefill.policy)]
+        found: dict[str, Scores | None] = {}
+        if len(alike) > 1:
+            # All that pass are scored, since their keys lie between the others'.
+            together = score_together(
+                alike[0].policy.config.pool_kernel,
+                self._buffers.window_queries[: len(self._window_rows)],
+                self._buffers.keys[: sum(lengths)],
+                lengths,
+                self._model.attention_scale(alike[0].layer),
+            )
+            wanted = {prefill.job.request_id for prefill in alike}
+            for prefill, own in zip(self._passing, together, strict=True):
+                if prefill.job.request_id in wanted:
+                    found[prefill.job.request_id] = own
+        for prefill in asking:
+            if prefill.job.request_id not in found:
+                found[prefill.job.request_id] = _checked(prefill, prefill.score())
+        return [found[prefill.job.request_id] for prefill in asking]
+
+    def _leave_layer(self) -> None:
+        """Sorts out those that have ended and those that start over."""
+        read_together(prefill.ending() for prefill in self._passing)
+        layer = max(prefill.layer for prefill in self._passing)
+        passing, self._passing = self._passing, []
+        for prefill in passing:
+            if prefill.done:
+                self._ended.append(prefill)
+            elif prefill.layer == layer:
+                self._passing.append(prefill)
+            else:
+                self._starting_over.append(prefill)
+
+
+def _checked(prefill: Prefill, scores: Scores | None) -> Scores | None:
+    """Scores that can be summed with those of others."""
+    if scores is not None and scores[1].shape != (prefill.scored_rows,):
+        raise SelectionError(
+            f"layer {prefill.layer}: the layer score of "
+            f"{type(prefill.policy).__name__} does not fit the layer."
+        )
+    return scores
+
+
+def _digest(decisions: Sequence[LayerDecision]) -> bytes:
+    """Of the tokens that go deeper, of each prompt."""
+    parts = [
+        digest_of(decision.deeper) if isinstance(decision.deeper, torch.Tensor) else b""
+        for decision in decisions
+    ]
+    if not any(parts):
+        return b""
+    return hashlib.sha256(b"".join(part.ljust(32) for part in parts)).digest()
