@@ -56,6 +56,7 @@ class Scale:
     attention_bound: Shape
     depths: tuple[float, ...] = (1 / 4, 1 / 2, 3 / 4)
     """Selection layers of the time to first token, as shares of the layers."""
+    short_requests: int = 64
     most_pool_tokens: int | None = None
     """Tokens of the largest KV pool that there is memory for."""
 

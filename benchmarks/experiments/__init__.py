@@ -15,6 +15,7 @@ from benchmarks.experiments import (
     neighbours,
     overlong,
     prefill,
+    short,
     unpruned,
 )
 
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         prefill,
+        short,
         growth,
         decode,
         capacity,
