@@ -41,7 +41,10 @@ def test_every_policy_has_a_row(name: str) -> None:
     assert f"\n- `{name}`: " in text
 
 
-@pytest.mark.parametrize("name", ["option_table.py", "endpoint_table.py"])
+TABLES = ["option_table.py", "endpoint_table.py", "model_table.py"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_a_document_is_the_codes(name: str) -> None:
     script = ROOT / "scripts" / name
     assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, (

@@ -13,16 +13,6 @@ from vllm.config import VllmConfig
 from asl_vllm.config import AslConfig, ConfigError
 from asl_vllm.engine.settings import Settings, settings_of
 
-SUPPORTED_ARCHITECTURES: frozenset[str] = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-    }
-)
-"""Decoders whose layers are called as (positions, hidden states, residual)."""
-
 
 class UnsupportedError(ValueError):
     """This combination does not work with a KV policy: what, got, remedy."""
@@ -67,11 +57,12 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
             "leave it at 1",
         )
-    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
         yield (
             "ranks that need not run the same passes",
-            "--enable-expert-parallel across data-parallel ranks",
-            "drop --enable-expert-parallel or data parallelism",
+            "a mixture of experts with --data-parallel-size "
+            f"{parallel.data_parallel_size}",
+            "use --tensor-parallel-size instead",
         )
     if parallel.use_ubatching:
         yield ("one batch a step", "dual-batch overlap", "drop --enable-dbo")
@@ -140,13 +131,6 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if model.get_sliding_window() is not None or odd:
         got = ", ".join(odd) or "sliding-window attention"
         yield ("full attention in every layer", got, remedy)
-    # The class that vLLM resolved to, not what the checkpoint names.
-    if model.architecture not in SUPPORTED_ARCHITECTURES:
-        yield (
-            f"one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}",
-            model.architecture,
-            remedy,
-        )
 
 
 def _check_options(settings: Settings) -> None:

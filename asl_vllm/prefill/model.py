@@ -29,8 +29,8 @@ class DecoderModel(Protocol):
 
     shape: ModelShape
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [n] -> hidden states [n, hidden_size]."""
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids [n] at positions [n] -> hidden states [n, hidden_size]."""
         ...
 
     def run_layer(

@@ -110,8 +110,10 @@ class Prefill(Prompt):
     def _embed(self) -> None:
         for start in range(self._prefix.rows, self._num_rows, self._chunk_tokens):
             end = min(start + self._chunk_tokens, self._num_rows)
-            ids = self._token_ids[start:end]
-            self._buffers.hidden.store(start, self._model.embed(ids))
+            hidden = self._model.embed(
+                self._token_ids[start:end], self._positions[start:end]
+            )
+            self._buffers.hidden.store(start, hidden)
 
     def passed(self) -> None:
         """All of the layer's rows have passed it; keys and values are there."""

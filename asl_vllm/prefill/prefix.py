@@ -76,14 +76,15 @@ class Rerun:
         start, end = self._row, self._row + self.next_rows(chunk_tokens)
         if start == 0:
             self._prefix.load(self._layer, buffers)
+        positions = self._positions[start:end]
         if self._layer == 0:
-            hidden = model.embed(self._token_ids[start:end])
+            hidden = model.embed(self._token_ids[start:end], positions)
         else:
             hidden = buffers.hidden.load(start, end)
         rows = self._prefix.rows
         model.run_at(
             self._layer,
-            self._positions[start:end],
+            positions,
             hidden,
             buffers.keys[:rows],
             buffers.values[:rows],

@@ -103,7 +103,8 @@ class SharedLayers:
 
     def unpruned_layers(self) -> Iterator[LayerOutput]:
         """What each layer computes of the whole prompt."""
-        hidden, positions = self.embed(self._ids), torch.arange(len(self._ids))
+        positions = torch.arange(len(self._ids))
+        hidden = self.embed(self._ids, positions)
         for layer in range(self.shape.num_layers):
             out = self._output(layer, hidden, positions)
             hidden = out.hidden
@@ -180,7 +181,7 @@ class SharedLayers:
         found = self.model.logits(hidden).argmax(-1).view(count, -1).tolist()
         return list(zip(grown, found, strict=True))
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """See `DecoderModel.embed`; a path through the layers begins."""
         self._path = (token_ids.numpy().tobytes(),)
         return self.model.embed(token_ids)

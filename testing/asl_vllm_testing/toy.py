@@ -88,7 +88,8 @@ class ToyDecoder:
         self.w_v = weights(s.num_kv_heads * s.value_dim, s.hidden_size)
         self.w_o = weights(s.hidden_size, s.num_heads * s.value_dim)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        assert len(positions) == len(token_ids)
         self.embedded.append(len(token_ids))
         return self.embedding[token_ids]
 

@@ -37,9 +37,10 @@ def with_ranks(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
 
 NOTHING: Any = None
 TOGETHER: dict[str, Callable[[VllmDecoder], object]] = {
-    "embed": lambda decoder: decoder.embed(NOTHING),
+    "embed": lambda decoder: decoder.embed(NOTHING, NOTHING),
     "run_layer": lambda decoder: decoder.run_layer(0, NOTHING, NOTHING, 0, NOTHING),
     "sum_over_ranks": lambda decoder: decoder.sum_over_ranks(NOTHING),
+    "greatest": lambda decoder: decoder.greatest(0.0),
     "exchange": lambda decoder: decoder.exchange(False, b""),
 }
 
@@ -67,5 +68,6 @@ def test_one_rank_alone_agrees_without_asking(
 ) -> None:
     with_ranks(monkeypatch, 1)
     assert decoder.num_ranks == 1
+    assert decoder.greatest(0.5) == 0.5
     assert decoder.exchange(False, b"") is Verdict.SAME
     assert decoder.exchange(True, b"") is Verdict.FAILED

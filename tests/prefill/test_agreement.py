@@ -34,9 +34,9 @@ def note_thread(monkeypatch: pytest.MonkeyPatch, model: Rank) -> None:
     """``model.thread`` becomes the thread that it embeds in."""
     embed = model.embed
 
-    def note(ids: Tensor) -> Tensor:
+    def note(ids: Tensor, positions: Tensor) -> Tensor:
         model.thread = threading.get_ident()  # type: ignore[attr-defined]
-        return embed(ids)
+        return embed(ids, positions)
 
     monkeypatch.setattr(model, "embed", note)
 

@@ -49,12 +49,13 @@ def _donated(
     )
     donor = ToyDecoder()
     tokens = torch.cat([torch.tensor(prefix), other])[:CAPACITY]
-    hidden = donor.embed(tokens)
+    positions = torch.arange(len(tokens))
+    hidden = donor.embed(tokens, positions)
     tap = LayerTap(buffers())
     for layer in range(SHAPE.num_layers):
         tap.start_layer(len(tokens))
         tap.start_chunk(0, len(tokens))
-        donor.run_layer(layer, torch.arange(len(tokens)), hidden, 0, tap)
+        donor.run_layer(layer, positions, hidden, 0, tap)
     # In reverse, so that no block lies where its row does.
     return {
         layer: (donor.keys[layer][:rows].flip(0), donor.values[layer][:rows].flip(0))

@@ -192,7 +192,7 @@ def test_the_second_run_knows_only_the_selected_tokens() -> None:
     selected = done.policy.decisions[0].deeper
     assert isinstance(selected, Tensor)
     alone = ToyDecoder()
-    hidden = alone.embed(torch.tensor(work.prompt_token_ids)[selected])
+    hidden = alone.embed(torch.tensor(work.prompt_token_ids)[selected], selected)
     tap = prefill(work)[0]._tap
     tap.start_layer(K)
     tap.start_chunk(0, K)

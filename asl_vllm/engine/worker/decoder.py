@@ -1,8 +1,7 @@
 """vLLM's model as a `DecoderModel`: one layer at a time, over scratch pages.
 
-Touch points: the decoder layers of ``model.model.layers`` and their ``Attention``
-modules, `set_forward_context`, and ``impl.do_kv_cache_update`` for the writes to the
-KV pool.
+Touch points: the layers' ``Attention`` modules, `set_forward_context`, and
+``impl.do_kv_cache_update`` for the writes to the KV pool.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
 
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker.attend_at import attend_at
@@ -24,12 +22,9 @@ from asl_vllm.engine.worker.fused import FusedLayers
 from asl_vllm.engine.worker.pool_rows import PoolRows
 from asl_vllm.engine.worker.ranks import Ranks, among_ranks
 from asl_vllm.engine.worker.scratch import ScratchPages
+from asl_vllm.engine.worker.stages.find import attention_layers, list_of_layers
+from asl_vllm.engine.worker.stages.proof import Proof
 from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
-
-
-def attention_layers(model: Any) -> list[Attention]:
-    """The attention module of each decoder layer, in order."""
-    return [layer.self_attn.attn for layer in model.model.layers]
 
 
 def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> ModelShape:
@@ -52,7 +47,11 @@ class VllmDecoder(Ranks):
     """Implements `asl_vllm.prefill.DecoderModel` on vLLM's layers.
 
     Borrows each layer's ``kv_cache`` while a pass runs and gives it back after, so
-    the engine's own steps never see the scratch pages.
+    the engine's own steps never see the scratch pages. Making one runs a short prompt
+    (`Proof`), so all tensor-parallel ranks must make theirs.
+
+    Raises:
+        UnsupportedError: the model's layers, one by one, do not do what it does.
     """
 
     def __init__(
@@ -64,8 +63,6 @@ class VllmDecoder(Ranks):
     ) -> None:
         self.shape = shape
         self._vllm_config = vllm_config
-        self._embed = model.embed_input_ids
-        self._layers = list(model.model.layers)
         self._attentions = attention_layers(model)
         self._scratch = scratch
         stock: Any = self._attentions[0].attn_backend.stock
@@ -76,17 +73,31 @@ class VllmDecoder(Ranks):
             vllm_config,
             shape.device,
         )
-        self._chunks = ChunkMetadata(
-            builder, scratch, settings_of(vllm_config).chunk_tokens
-        )
-        self._fused = FusedLayers(self._layers)
+        chunk_tokens = settings_of(vllm_config).chunk_tokens
+        self._chunks = ChunkMetadata(builder, scratch, chunk_tokens)
+        self._fused = FusedLayers(list_of_layers(model)[2])
+        with among_ranks("the check of the model's layers"):
+            self.found = Proof(
+                model,
+                self._attentions,
+                self._around,
+                self.greatest,
+                tokens=min(chunk_tokens, len(scratch.slots)),
+                dtype=shape.dtype,
+                vocabulary=vllm_config.model_config.get_vocab_size(),
+                device=shape.device,
+            ).find()
+        self._stages = self.found.stages
 
     @torch.inference_mode()
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [n] -> hidden states [n, E]."""
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """See `DecoderModel.embed`."""
         with among_ranks("the embedding"):
-            hidden: torch.Tensor = self._embed(token_ids)
-        return hidden
+            return self._embed(token_ids, positions)
+
+    def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with self._around(0, len(token_ids), ()):
+            return self._stages.embed(token_ids, positions)
 
     @torch.inference_mode()
     def run_layer(
@@ -100,7 +111,7 @@ class VllmDecoder(Ranks):
     ) -> None:
         """See `DecoderModel.run_layer`."""
         with among_ranks(f"layer {layer}"):
-            lent = self._borrowed(layer, tap)
+            lent = self._tapped(layer, tap)
             self._run_layer(layer, positions, hidden, start, lent, lengths)
 
     @torch.inference_mode()
@@ -163,26 +174,11 @@ class VllmDecoder(Ranks):
         lent: AbstractContextManager[None],
         lengths: Sequence[int] = (),
     ) -> None:
-        name = self._attentions[layer].layer_name
-        if lengths:
-            metadata = self._chunks.of_several(lengths)
-        else:
-            metadata = self._chunks.of(start, start + len(hidden))
-        with (
-            self._fused.running(),
-            lent,
-            set_forward_context(
-                {name: metadata},
-                self._vllm_config,
-                num_tokens=len(hidden),
-                slot_mapping={name: metadata.slot_mapping},
-            ),
-        ):
+        with self._around(start, start + len(hidden), (layer,), lengths), lent:
             try:
-                output, residual = self._layers[layer](positions, hidden, None)
+                self._stages.run(layer, positions, hidden)
             except KeysTaken:
                 return
-        torch.add(output, residual, out=hidden)
 
     @torch.inference_mode()
     def write_kept(
@@ -204,17 +200,49 @@ class VllmDecoder(Ranks):
         return scale
 
     @contextmanager
-    def _borrowed(self, layer: int, tap: LayerTap) -> Iterator[None]:
-        attention = self._attentions[layer]
-        impl: Any = attention.impl
-        pool = attention.kv_cache
-        attention.kv_cache = self._scratch.pages
+    def _around(
+        self, start: int, end: int, layers: Sequence[int], lengths: Sequence[int] = ()
+    ) -> Iterator[None]:
+        """What calls of these layers on rows ``[start, end)`` need around them.
+
+        With ``lengths`` the rows are whole prompts of these lengths, one by one.
+        """
+        attentions = [self._attentions[layer] for layer in layers]
+        names = [attention.layer_name for attention in attentions]
+        pools = [attention.kv_cache for attention in attentions]
+        metadata = None
+        if lengths:
+            metadata = self._chunks.of_several(lengths)
+        elif layers:
+            metadata = self._chunks.of(start, end)
+        slots = {} if metadata is None else dict.fromkeys(names, metadata.slot_mapping)
+        with (
+            self._fused.running(),
+            set_forward_context(
+                dict.fromkeys(names, metadata),
+                self._vllm_config,
+                num_tokens=end - start,
+                slot_mapping=slots,
+                # A range of layers is not what was compiled.
+                skip_compiled=True,
+            ),
+        ):
+            try:
+                for attention in attentions:
+                    attention.kv_cache = self._scratch.pages
+                yield
+            finally:
+                for attention, pool in zip(attentions, pools, strict=True):
+                    attention.kv_cache = pool
+
+    @contextmanager
+    def _tapped(self, layer: int, tap: LayerTap) -> Iterator[None]:
+        impl: Any = self._attentions[layer].impl
         impl.tap = tap
         try:
             yield
         finally:
             impl.tap = None
-            attention.kv_cache = pool
 
     @contextmanager
     def _instead(

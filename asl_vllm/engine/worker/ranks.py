@@ -46,6 +46,18 @@ class Ranks:
         with among_ranks("the sum of scores"):
             return tensor_model_parallel_all_reduce(layer_score)
 
+    def greatest(self, number: float) -> float:
+        """The greatest of the ranks' numbers, the same on each: one all-reduce."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return number
+        with among_ranks("the comparison"):
+            shared = torch.tensor(number, dtype=torch.float64)
+            torch.distributed.all_reduce(
+                shared, torch.distributed.ReduceOp.MAX, group=group.cpu_group
+            )
+        return shared.item()
+
     def exchange(self, failed: bool, digest: bytes) -> Verdict:
         """See `DecoderModel.exchange`: one all-reduce."""
         group = get_tp_group()

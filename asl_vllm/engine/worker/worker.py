@@ -14,14 +14,16 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from asl_vllm.engine.compat import UnsupportedError
-from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands
+from asl_vllm.engine.kv_spec import in_bands
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
-from asl_vllm.engine.worker.decoder import VllmDecoder, attention_layers, shape_of
+from asl_vllm.engine.worker.checks import check_attention, one_spec
+from asl_vllm.engine.worker.decoder import VllmDecoder, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages, scratch_spec
+from asl_vllm.engine.worker.stages.find import attention_layers
 from asl_vllm.engine.worker.warm_up import warm_up
 from asl_vllm.prefill import (
     Packer,
@@ -56,11 +58,11 @@ class PrefillWorkerMixin:
         settings_of(self.vllm_config).check_budget()
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
-        self._check_scales()
-        self._prefill_spec = self._one_spec()
+        model = self.model_runner.get_model()
+        check_attention(attention_layers(model))
+        self._prefill_spec = one_spec(self.model_runner.get_kv_cache_spec())
         settings = settings_of(self.vllm_config)
         capacity, config = settings.prefill_capacity, settings.config
-        model = self.model_runner.get_model()
         self._prefill_shape = shape_of(model, self.vllm_config, self.device)
         assert self._prefill_shape.num_layers == settings.num_layers
         on_host = config.hidden_memory == "host"
@@ -149,34 +151,6 @@ class PrefillWorkerMixin:
                     f"{tuple(block.shape)}",
                     "choose the kernels' --block-size",
                 )
-
-    def _check_scales(self) -> None:
-        """Refuses FP8 queries that are divided by a scale of each head."""
-        for layer in attention_layers(self.model_runner.get_model()):
-            if layer.query_quant is not None and layer._q_scale.numel() > 1:
-                raise UnsupportedError(
-                    "FP8 queries with one scale a layer",
-                    f"{layer._q_scale.numel()} scales in {layer.layer_name}",
-                    "use a checkpoint with per-tensor scales, or --kv-cache-dtype auto",
-                )
-
-    def _one_spec(self) -> AttentionSpec:
-        """The spec that all layers share; refuses models whose layers differ."""
-        specs = self.model_runner.get_kv_cache_spec()
-        distinct = set(specs.values())
-        odd = sorted(
-            {type(spec).__name__ for spec in distinct} - {PrunedAttentionSpec.__name__}
-        )
-        if odd or len(distinct) != 1:
-            raise UnsupportedError(
-                "every layer being full attention of one shape on a backend of "
-                f"{', '.join(attention.WRAPPED_BACKENDS)}",
-                f"layers of {', '.join(odd) or f'{len(distinct)} shapes'}",
-                "pass --attention-backend with one of these, or --kv-policy none",
-            )
-        (spec,) = distinct
-        assert isinstance(spec, AttentionSpec)
-        return spec
 
 
 def __getattr__(name: str) -> type:

@@ -1,0 +1,137 @@
+"""Tiny models of many architectures, with random weights, that the suite runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 240,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+DIRECT = "direct calls"
+SUM = "pipeline stages, sum"
+HIDDEN = "pipeline stages, hidden states"
+LIST = "Transformers layers"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture as checkpoints name it, and how passes call its layers."""
+
+    name: str
+    model_type: str
+    way: str
+    more: dict[str, Any] = field(default_factory=dict)
+    """Of its config.json, beside `SIZES`."""
+
+    def write(self, folder: Path) -> str:
+        """A model folder without weights."""
+        # Not at the top: what writes docs/models.md needs no vLLM.
+        from asl_vllm_testing.vllm_configs import model_dir
+
+        own = {"model_type": self.model_type, "architectures": [self.name]}
+        return model_dir(folder, **{**SIZES, **own, **self.more})
+
+
+ARCHITECTURES = (
+    Architecture(
+        "ApertusForCausalLM",
+        "apertus",
+        DIRECT,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    Architecture("CohereForCausalLM", "cohere", HIDDEN),
+    Architecture("Ernie4_5ForCausalLM", "ernie4_5", DIRECT),
+    Architecture(
+        "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_moe",
+        DIRECT,
+        {
+            **_EXPERTS,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    Architecture(
+        "Exaone4ForCausalLM",
+        "exaone4",
+        HIDDEN,
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    ),
+    Architecture("GPT2LMHeadModel", "gpt2", HIDDEN, {"n_inner": 96}),
+    Architecture("GemmaForCausalLM", "gemma", DIRECT),
+    Architecture("Glm4ForCausalLM", "glm4", DIRECT),
+    Architecture(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        DIRECT,
+        {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    ),
+    Architecture("GraniteForCausalLM", "granite", HIDDEN),
+    Architecture("GraniteMoeForCausalLM", "granitemoe", HIDDEN, _EXPERTS),
+    Architecture("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", LIST),
+    Architecture(
+        "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", LIST, {**_EXPERTS, "moe_topk": 2}
+    ),
+    Architecture("LlamaForCausalLM", "llama", DIRECT),
+    Architecture(
+        "MiniMaxM2ForCausalLM", "minimax_m2", DIRECT, {**_EXPERTS, "rotary_dim": 32}
+    ),
+    Architecture("MistralForCausalLM", "mistral", DIRECT, {"sliding_window": None}),
+    Architecture(
+        "MixtralForCausalLM", "mixtral", DIRECT, {**_EXPERTS, "sliding_window": None}
+    ),
+    Architecture("NemotronForCausalLM", "nemotron", DIRECT),
+    Architecture("Olmo2ForCausalLM", "olmo2", LIST),
+    Architecture("OlmoeForCausalLM", "olmoe", DIRECT, _EXPERTS),
+    Architecture("Phi3ForCausalLM", "phi3", DIRECT, {"sliding_window": None}),
+    Architecture("Qwen2ForCausalLM", "qwen2", DIRECT),
+    Architecture(
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        DIRECT,
+        {**_EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+    Architecture("Qwen3ForCausalLM", "qwen3", DIRECT),
+    Architecture(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        DIRECT,
+        {**_EXPERTS, "decoder_sparse_step": 1},
+    ),
+    Architecture("SeedOssForCausalLM", "seed_oss", LIST),
+    Architecture("SmolLM3ForCausalLM", "smollm3", LIST),
+    Architecture("StableLmForCausalLM", "stablelm", HIDDEN),
+    Architecture("Starcoder2ForCausalLM", "starcoder2", LIST, {"sliding_window": None}),
+)
+
+
+def table() -> str:
+    """A row for each, in Markdown."""
+    rows = [
+        "| Architecture | `model_type` | Layers are called by |",
+        "|---|---|---|",
+        *(f"| {a.name} | {a.model_type} | {a.way} |" for a in ARCHITECTURES),
+    ]
+    return "\n".join(rows)
