@@ -95,9 +95,6 @@ ARCHITECTURES = (
         "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", LIST, {**_EXPERTS, "moe_topk": 2}
     ),
     Architecture("LlamaForCausalLM", "llama", DIRECT),
-    Architecture(
-        "MiniMaxM2ForCausalLM", "minimax_m2", DIRECT, {**_EXPERTS, "rotary_dim": 32}
-    ),
     Architecture("MistralForCausalLM", "mistral", DIRECT, {"sliding_window": None}),
     Architecture(
         "MixtralForCausalLM", "mixtral", DIRECT, {**_EXPERTS, "sliding_window": None}
