@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from asl_kernels.attention_at import attention_at
 from asl_kernels.block_table_view import block_table_view
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
@@ -24,7 +25,14 @@ from asl_vllm_testing.toy import job, run
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 IMPLEMENTATIONS = ("reference", "triton")
-PACKAGES = ("block_table_view", "gather_kept", "rank_variance", "window_scores")
+PACKAGES = (
+    "attention_at",
+    "block_table_view",
+    "gather_kept",
+    "rank_variance",
+    "window_scores",
+)
+WITHOUT_RESULT = ("attention_at", "block_table_view")
 
 Call = Callable[[torch.device], Any]
 
@@ -33,6 +41,12 @@ def zeros(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
     # `empty` is what a fake CUDA tensor can be made with where there is no CUDA.
     made = torch.empty(shape, dtype=dtype, device=device)
     return made if device.type == "cuda" else made.zero_()
+
+
+def call_attention_at(device: torch.device) -> None:
+    q = zeros(device, 5, 2, 8, dtype=torch.float16)
+    at = zeros(device, 5, dtype=torch.int64)
+    attention_at(q, q, q, at, at, scale=0.5, out=zeros(device, 5, 2, 8, dtype=q.dtype))
 
 
 def call_view(device: torch.device) -> None:
@@ -64,6 +78,7 @@ def call_window_scores(device: torch.device) -> Any:
 
 # What Triton's module calls it -> the call, its package, the reference's name of it.
 CALLS: dict[str, tuple[Call, str, str]] = {
+    "attention_at": (call_attention_at, "attention_at", "attention_at"),
     "block_table_view": (call_view, "block_table_view", "block_table_view"),
     "gather_kept": (call_gather_kept, "gather_kept", "gather_rows"),
     "gather_tokens": (call_gather_tokens, "gather_kept", "gather_tokens"),
@@ -119,7 +134,7 @@ def test_on_cuda_triton_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     tensors = [given for given in arguments if isinstance(given, Tensor)]
     assert tensors
     assert all(tensor.is_cuda for tensor in tensors)
-    assert result == (None if name == "block_table_view" else "Triton's")
+    assert result == (None if name in WITHOUT_RESULT else "Triton's")
 
 
 def test_ranks_are_sorted_by_torch_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +153,14 @@ import sys
 sys.path.insert(0, {str(KERNELS)!r})
 sys.modules["triton"] = None
 import torch
+from asl_kernels.attention_at import attention_at
 from asl_kernels.block_table_view import block_table_view
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
 from asl_kernels.window_scores import window_scores
 k = torch.ones(9, 1, 8)
+at = torch.arange(9)
+attention_at(k, k, k, at, at, scale=0.5, out=k.clone(), window=3)
 window_scores(k[:4], k, scale=0.5, pool_kernel=3)
 kept = torch.zeros(1, 2, dtype=torch.int64)
 gather_kept(k, k, kept)

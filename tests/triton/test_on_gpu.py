@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from asl_kernels.attention_at import attention_at
 from asl_kernels.block_table_view import block_table_view, reference
 from asl_kernels.gather_kept import gather_kept, gather_tokens
 from asl_kernels.rank_variance import descending_ranks, rank_variance
@@ -38,6 +39,8 @@ def test_no_operation_waits_for_the_device() -> None:
         rank_variance(torch.stack([descending_ranks(row) for row in scores]), 20)
         gather_kept(k, k, kept)
         gather_tokens(k[:, 0], kept[0])
+        at = torch.arange(400, device=DEVICE)
+        attention_at(q, k, k, at[:64], at, scale=0.1, out=q.clone(), window=9)
         block_table_view(table, lens, 16, out_table=out[0], out_lens=out[1])
 
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
+from asl_kernels.attention_at import triton as attending
 from asl_kernels.gather_kept.triton import tile
 from asl_kernels.window_scores.triton import tiles
 from tests.triton.ahead_of_time import Variant
 
+ATTENTION = "asl_kernels.attention_at.triton:attention_at_kernel"
 VIEW = "asl_kernels.block_table_view.triton:view_kernel"
 GATHER = "asl_kernels.gather_kept.triton:gather_kernel"
 PAIR = "asl_kernels.gather_kept.triton:gather_pair_kernel"
@@ -27,6 +29,7 @@ DTYPES = {
     "*fp16": torch.float16,
     "*fp32": torch.float32,
 }
+PLACES = ("token", "head")
 DIMS = (64, 80, 96, 128, 256)
 ROWS = ((1, 1), (32, 1), (9, 7), (64, 16))
 """Windows and query heads a KV head: blocks of 16, 32, 64 and several of 128 rows."""
@@ -78,6 +81,32 @@ def pair(word: str, contiguous: bool, dim: int = 128) -> Variant:
         pointers | sizes | strides,
         {"SLOTS": slots, "COLUMNS": columns} | dict.fromkeys(ones, 1),
         aligned,
+    )
+
+
+def attention(dtype: str, group: int, dim: int, extras: bool) -> Variant:
+    """``extras``: a window, a soft cap and sinks; else none of them."""
+    blocks, options = attending.block_sizes(dim, dim, DTYPES[dtype])
+    pointers = types(dtype, "p_q", "p_k", "p_v", "p_out")
+    pointers |= types("*i64", "p_q_positions", "p_k_positions")
+    strides = types(
+        "i32", *(f"stride_{x}_{y}" for x in ["q", "k", "v", "out"] for y in PLACES)
+    )
+    fixed: dict[str, int | float | bool | None] = {**blocks, "GROUP": group}
+    fixed |= {"DIM": dim, "VALUE_DIM": dim, "HAS_WINDOW": extras, "HAS_CAP": extras}
+    if extras:
+        pointers |= {"p_sinks": dtype}
+    else:
+        fixed["p_sinks"] = None
+    return Variant(
+        ATTENTION,
+        pointers
+        | strides
+        | types("i32", "num_queries", "num_keys", "window")
+        | types("fp32", "scale", "soft_cap"),
+        fixed,
+        (*pointers, *strides),
+        **options,
     )
 
 
@@ -185,6 +214,10 @@ FEW = (
     statistics("*bf16", 64, 16, 256, several=False),
     statistics("*fp32", 32, 4, 128, several=False),
     mass("*fp32", 32, 4, 256, several=True),
+    attention("*bf16", 4, 128, extras=True),
+    attention("*bf16", 4, 256, extras=False),
+    attention("*fp16", 4, 80, extras=True),
+    attention("*fp32", 4, 256, extras=True),
 )
 
 
@@ -200,6 +233,8 @@ def every() -> Iterator[Variant]:
     yield combine()
     for pool, parts, several in itertools.product((1, 7, 63), (1, 8), (True, False)):
         yield average(pool, parts, several)
+    for dtype, dim, extras in itertools.product(DTYPES, DIMS, (False, True)):
+        yield attention(dtype, 4, dim, extras)
     for dtype, dim in itertools.product(DTYPES, DIMS):
         if dtype == "*fp16" and dim != 128:  # as bf16
             continue

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-_TILE = 256
-"""Queries at once: a tile reads keys up to its last position only."""
+from asl_kernels.attention_at import attention_at
 
 
 def attend_at(
@@ -26,20 +24,13 @@ def attend_at(
         values: ``[T, Hkv, Dv]``.
         scale: The factor on q k^T.
         output: Receives ``[n, H, Dv]``, in any shape of as many elements a row.
-
-    Synchronises with the host.
     """
-    ends = [min(start + _TILE, len(query)) for start in range(0, len(query), _TILE)]
-    last = positions[[end - 1 for end in ends]].tolist()
-    columns = torch.arange(len(keys), device=keys.device)
-    for start, end, seen in zip(range(0, len(query), _TILE), ends, last, strict=True):
-        mixed = scaled_dot_product_attention(
-            query[start:end].transpose(0, 1)[None],
-            keys[: seen + 1].transpose(0, 1)[None],
-            values[: seen + 1].transpose(0, 1)[None],
-            attn_mask=columns[: seen + 1] <= positions[start:end, None],
-            scale=scale,
-            enable_gqa=True,
-        )
-        rows = output[start:end]
-        rows.copy_(mixed[0].transpose(0, 1).reshape(rows.shape))
+    attention_at(
+        query,
+        keys,
+        values,
+        positions,
+        torch.arange(len(keys), device=keys.device),
+        scale=scale,
+        out=output.view(len(query), query.shape[1], values.shape[2]),
+    )
