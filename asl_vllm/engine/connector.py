@@ -99,7 +99,8 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
         # Ranks count nothing: what they report is joined in the scheduler.
         if self.role != KVConnectorRole.SCHEDULER:
             return None
-        return self.scheduler_side.tally.take()
+        side = self.scheduler_side
+        return side.tally.take(side.prefixes.num_pinned)
 
     @classmethod
     def build_kv_connector_stats(

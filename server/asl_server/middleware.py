@@ -13,6 +13,7 @@ HEADERS = {
     "X-KV-Selection-Layer": "selection_layer",
     "X-KV-Kept-Tokens": "kept_tokens",
     "X-KV-Pruned-Tokens": "pruned_tokens",
+    "X-KV-Reused-Tokens": "reused_tokens",
 }
 """Header -> the part of a `PromptResult` that it shows, if it has one."""
 

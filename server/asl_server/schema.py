@@ -58,6 +58,9 @@ class PrunedRequest(BaseModel):
     layer: int = Field(description="Layer that runs next; num_layers when done.")
     num_layers: int
     selection_layer: int | None = Field(description="null until it is found.")
+    reused_tokens: int = Field(
+        description="Tokens that its prefill reads, or read, from the prefix cache."
+    )
     blocks_held: int
 
 

@@ -50,6 +50,7 @@ def request(name: str, **changes: Any) -> dict[str, Any]:
         "layer": 0,
         "num_layers": NUM_LAYERS,
         "selection_layer": None,
+        "reused_tokens": 0,
         "blocks_held": 64,
         **changes,
     }

@@ -65,6 +65,7 @@ class Host:
         budget: int | None = BUDGET,
         tokens: int = PROMPT,
         shallow: str | None = None,
+        salt: str | None = None,
         **sampling: Any,
     ) -> Request:
         sampling = {"max_tokens": 4, **sampling}
@@ -80,6 +81,7 @@ class Host:
             prompt_token_ids=[7] * tokens,
             sampling_params=params,
             pooling_params=None,
+            cache_salt=salt,
             block_hasher=get_request_block_hasher(BLOCK, sha256),
         )
         self.scheduler.add_request(request)

@@ -123,7 +123,7 @@ def test_a_stop_string_is_no_client_that_went_away(host: Host) -> None:
     host.step()
     for name in ("stopped", "gone", "gone early"):
         host.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-    ended = host.connector.scheduler_side.tally.take().data["ended"]
+    ended = host.connector.scheduler_side.tally.take(0).data["ended"]
     assert ended == {"asl": {"pruned": 1, "aborted": 2}}
 
 
@@ -377,8 +377,8 @@ def test_what_happened_is_counted(host: Host) -> None:
     taken: list[dict[str, Any]] = []
     take = host.connector.scheduler_side.tally.take
 
-    def keep() -> Any:
-        taken.append(take().data)
+    def keep(pinned_blocks: int) -> Any:
+        taken.append(take(pinned_blocks).data)
 
     host.connector.scheduler_side.tally.take = keep  # type: ignore[method-assign]
     host.add("pruned")
@@ -403,6 +403,8 @@ def test_what_happened_is_counted(host: Host) -> None:
         total.aggregate(PruningStats(data))
     assert total.data == {
         "ended": {"asl": {"pruned": 1, "failed": 1, "unpruned": 1, "aborted": 1}},
+        "reuse": {"none": 1},
+        "pinned_blocks": [],
         "selection_layer": [3],
         "kept_tokens": [KEPT],
         "prefill_seconds": [0.1],

@@ -15,6 +15,8 @@ OURS = {
     "vllm:asl_pruned_tokens": "counter",
     "vllm:asl_freed_blocks": "counter",
     "vllm:asl_reused_tokens": "counter",
+    "vllm:asl_reuse_requests": "counter",
+    "vllm:asl_pinned_blocks": "gauge",
     "vllm:asl_token_layers": "counter",
     "vllm:asl_selection_layer": "histogram",
     "vllm:asl_kept_tokens": "histogram",
@@ -24,7 +26,7 @@ OURS = {
 LABELS = {
     *("model_name", "engine", "le"),
     # of requests
-    *("policy", "outcome"),
+    *("policy", "outcome", "result"),
     # of token-layers
     "kind",
     # of vLLM's waiting requests

@@ -52,6 +52,7 @@ HEADERS = {
     "x-kv-selection-layer": "selection_layer",
     "x-kv-kept-tokens": "kept_tokens",
     "x-kv-pruned-tokens": "pruned_tokens",
+    "x-kv-reused-tokens": "reused_tokens",
 }
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"

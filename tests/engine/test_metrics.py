@@ -31,17 +31,19 @@ LABELS = ["model_name", "engine"]
 
 def interval() -> PruningStats:
     tally = PruningTally()
-    tally.prefilled(PLAN, SELECTED, again=False)
-    tally.prefilled(PLAN, SELECTED, again=True)
-    tally.prefilled(SHORT, NOT_SELECTED, again=False)
+    tally.prefilled(PLAN, SELECTED, "hit", again=False)
+    tally.prefilled(PLAN, SELECTED, "miss", again=True)
+    tally.prefilled(SHORT, NOT_SELECTED, "none", again=False)
     tally.ended("asl", "pruned")
     tally.ended("asl", "aborted")
-    return tally.take()
+    return tally.take(pinned_blocks=5)
 
 
 def test_a_prompt_counts_once_and_its_prefills_each() -> None:
     assert interval().data == {
         "ended": {"asl": {"pruned": 1, "aborted": 1}},
+        "reuse": {"hit": 1, "none": 1},
+        "pinned_blocks": [5],
         "pruned_tokens": 96,
         "freed_blocks": 3,
         "computed": 2320,
@@ -57,10 +59,10 @@ def test_a_prompt_counts_once_and_its_prefills_each() -> None:
 
 def test_totals_go_on_and_intervals_begin_anew() -> None:
     tally = PruningTally()
-    tally.prefilled(PLAN, SELECTED, again=False)
-    assert not tally.take().is_empty()
-    assert tally.take().is_empty()
-    tally.prefilled(PLAN, SELECTED, again=True)
+    tally.prefilled(PLAN, SELECTED, "hit", again=False)
+    assert not tally.take(0).is_empty()
+    assert tally.take(0).is_empty()
+    tally.prefilled(PLAN, SELECTED, "miss", again=True)
     assert tally.totals == {
         "requests": 1,
         "pruned_tokens": 64,
@@ -69,9 +71,18 @@ def test_totals_go_on_and_intervals_begin_anew() -> None:
     }
 
 
+def test_pinned_blocks_are_told_when_they_change() -> None:
+    tally = PruningTally()
+    assert tally.take(0).is_empty()
+    assert tally.take(7).data["pinned_blocks"] == [7]
+    assert tally.take(7).is_empty()
+    assert tally.take(0).data["pinned_blocks"] == [0]
+
+
 def test_intervals_are_joined_for_the_log() -> None:
     joined = PruningStats().aggregate(interval()).aggregate(interval())
     assert joined.data["ended"] == {"asl": {"pruned": 2, "aborted": 2}}
+    assert joined.data["reuse"] == {"hit": 2, "none": 2}
     assert joined.data["kept_tokens"] == [100, 60, 100, 60]
     assert joined.reduce() == {
         "Pruned prompts": 4,
@@ -127,6 +138,9 @@ def test_observations(metrics: Any, registry: CollectorRegistry) -> None:
         ("vllm:asl_requests_total", "1", "unpruned", "asl"): 0,
         ("vllm:asl_pruned_tokens_total", "1"): 192,
         ("vllm:asl_freed_blocks_total", "1"): 6,
+        ("vllm:asl_reuse_requests_total", "1", "hit"): 2,
+        ("vllm:asl_reuse_requests_total", "1", "miss"): 0,
+        ("vllm:asl_pinned_blocks", "1"): 5,
         ("vllm:asl_token_layers_total", "1", "computed"): 4640,
         ("vllm:asl_token_layers_total", "1", "skipped"): 1200,
         ("vllm:asl_selection_layer_count", "1"): 2,

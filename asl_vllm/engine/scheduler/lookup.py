@@ -48,6 +48,16 @@ class PrefixLookup:
         for manager, blocks in zip(self._managers, hits, strict=True):
             manager.offer(request.request_id, blocks)
 
+    def outcome(self, plan: PrunePlan, reused_tokens: int) -> str:
+        """What a prefill found, one of `asl_vllm.engine.scheduler.metrics.REUSE`."""
+        if plan.reuse == "none" or not self._settings.reads_prefixes:
+            return "none"
+        if not reused_tokens:
+            return "miss"
+        most = self._readable_tokens(plan) // self._settings.block_size
+        whole = reused_tokens == most * self._settings.block_size
+        return "hit" if whole else "partial"
+
     def pinned_ids(self, request_id: str) -> list[list[int]]:
         """Ids of the blocks that were pinned for a request, a row for each band."""
         rows = [manager.pinned(request_id) for manager in self._managers]
@@ -74,6 +84,10 @@ class PrefixLookup:
             }
         )
 
+    def _readable_tokens(self, plan: PrunePlan) -> int:
+        """Leading tokens that may be read; the window's queries are computed."""
+        return plan.num_prompt_tokens - self._settings.config.window
+
     def _longest(self, request: Request, plan: PrunePlan) -> list[list[Any]]:
         """Blocks of each band. Free of effects, since the request may have to wait."""
         nothing: list[list[Any]] = [[] for _ in self._managers]
@@ -84,10 +98,9 @@ class PrefixLookup:
         own = cdiv(request.num_tokens, size)
         if not plan.keep_shallow:
             own -= plan.pruned_blocks
-        # The window's queries are computed. And in an empty pool the hit fits beside
-        # the request's own blocks, or it would wait for ever.
-        window = self._settings.config.window
-        longest = min(plan.num_prompt_tokens - window, (self._usable - own) * size)
+        # In an empty pool the hit fits beside the request's own blocks, or it would
+        # wait for ever.
+        longest = min(self._readable_tokens(plan), (self._usable - own) * size)
         if longest < size:
             return nothing
         found, tokens, _ = self._coordinator.find_longest_cache_hit(hashes, longest)

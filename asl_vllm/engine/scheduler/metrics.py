@@ -25,6 +25,10 @@ from asl_vllm.prefill import PrefillReport
 OUTCOMES = ("pruned", "unpruned", "failed", "aborted")
 """How a request with a budget may end."""
 
+REUSE = ("hit", "partial", "miss", "none")
+"""What a prompt found in the prefix cache: all that it may read, some of it, nothing;
+``none``: it did not look."""
+
 _KINDS = ("computed", "skipped", "reused", "rerun")
 _COUNTS = ("pruned_tokens", "freed_blocks", "reused_tokens", *_KINDS)
 _SAMPLES = ("selection_layer", "kept_tokens", "prefill_seconds")
@@ -33,8 +37,10 @@ _SAMPLES = ("selection_layer", "kept_tokens", "prefill_seconds")
 class PruningStats(KVConnectorStats):
     """What happened in an interval; ``data`` is plain, for it crosses processes.
 
-    ``data["ended"]`` counts requests by policy and outcome; each name of `_COUNTS`
-    holds a number and each of `_SAMPLES` the observations of a histogram.
+    ``data["ended"]`` counts requests by policy and outcome, ``data["reuse"]`` pruned
+    prompts by what they found; each name of `_COUNTS` holds a number and each of
+    `_SAMPLES` the observations of a histogram. ``data["pinned_blocks"]`` holds the
+    number at the end of each step that changed it.
     """
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
@@ -43,7 +49,7 @@ class PruningStats(KVConnectorStats):
             self.reset()
 
     def reset(self) -> None:
-        self.data: dict[str, Any] = {"ended": {}}
+        self.data: dict[str, Any] = {"ended": {}, "reuse": {}, "pinned_blocks": []}
         self.data |= {name: 0 for name in _COUNTS}
         self.data |= {name: [] for name in _SAMPLES}
 
@@ -54,7 +60,9 @@ class PruningStats(KVConnectorStats):
         for policy, outcomes in other.data["ended"].items():
             for outcome, count in outcomes.items():
                 self.add_ended(policy, outcome, count)
-        for name in (*_COUNTS, *_SAMPLES):
+        for result, count in other.data["reuse"].items():
+            self.add_reuse(result, count)
+        for name in (*_COUNTS, *_SAMPLES, "pinned_blocks"):
             self.data[name] += other.data[name]
         return self
 
@@ -72,6 +80,11 @@ class PruningStats(KVConnectorStats):
         assert outcome in OUTCOMES
         outcomes = self.data["ended"].setdefault(policy, {})
         outcomes[outcome] = outcomes.get(outcome, 0) + count
+
+    def add_reuse(self, result: str, count: int = 1) -> None:
+        """Counts pruned prompts by what they found in the prefix cache."""
+        assert result in REUSE
+        self.data["reuse"][result] = self.data["reuse"].get(result, 0) + count
 
     def add_pruned(self, plan: PrunePlan, report: PrefillReport) -> None:
         """Counts a prompt that was pruned; once, however often it is prefilled."""
@@ -97,6 +110,7 @@ class PruningTally:
 
     def __init__(self) -> None:
         self._interval = PruningStats()
+        self._pinned_blocks = 0
         self.totals = {
             "requests": 0,
             "pruned_tokens": 0,
@@ -104,13 +118,19 @@ class PruningTally:
             "computed_token_layers": 0,
         }
 
-    def prefilled(self, plan: PrunePlan, report: PrefillReport, *, again: bool) -> None:
-        """A pruned prefill was run; ``again`` where its request had one before."""
+    def prefilled(
+        self, plan: PrunePlan, report: PrefillReport, reuse: str, *, again: bool
+    ) -> None:
+        """A pruned prefill was run; ``again`` where its request had one before.
+
+        ``reuse``: what it found in the prefix cache, one of `REUSE`.
+        """
         self._interval.add_prefill(report)
         self.totals["skipped_token_layers"] += report.skipped_token_layers
         self.totals["computed_token_layers"] += report.computed_token_layers
         if not again:
             self._interval.add_pruned(plan, report)
+            self._interval.add_reuse(reuse)
             self.totals["requests"] += 1
             self.totals["pruned_tokens"] += plan.in_force(
                 report.pruned_bands
@@ -120,8 +140,11 @@ class PruningTally:
         """A request with a budget ended."""
         self._interval.add_ended(policy, outcome)
 
-    def take(self) -> PruningStats:
-        """What was counted since the last call."""
+    def take(self, pinned_blocks: int) -> PruningStats:
+        """What was counted since the last call; what is pinned now, if it changed."""
+        if pinned_blocks != self._pinned_blocks:
+            self._pinned_blocks = pinned_blocks
+            self._interval.data["pinned_blocks"].append(pinned_blocks)
         taken, self._interval = self._interval, PruningStats()
         return taken
 
@@ -181,6 +204,12 @@ class PruningPromMetrics(KVConnectorPromMetrics):
                     "Tokens of pruned prompts that were read from the prefix cache.",
                     (),
                 ),
+                (
+                    "reuse_requests",
+                    "Pruned prompts by what they found in the prefix cache: all that "
+                    "they may read (hit), partial, miss; none did not look.",
+                    ("result",),
+                ),
                 ("freed_blocks", "KV blocks that pruned prompts did without.", ()),
                 (
                     "token_layers",
@@ -191,6 +220,12 @@ class PruningPromMetrics(KVConnectorPromMetrics):
                 ),
             )
         }
+        self._pinned = self._gauge_cls(
+            name="vllm:asl_pinned_blocks",
+            documentation="KV blocks of the prefix cache that prefills are reading.",
+            multiprocess_mode="mostrecent",
+            labelnames=labelnames,
+        )
         for labels in per_engine_labelvalues.values():
             self._at_zero(labels)
 
@@ -204,6 +239,10 @@ class PruningPromMetrics(KVConnectorPromMetrics):
             self._counters[name].labels(*labels).inc(data[name])
         for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind).inc(data[kind])
+        for result, count in data["reuse"].items():
+            self._counters["reuse_requests"].labels(*labels, result).inc(count)
+        for blocks in data["pinned_blocks"][-1:]:
+            self._pinned.labels(*labels).set(blocks)
         for policy, outcomes in data["ended"].items():
             for outcome, count in outcomes.items():
                 self._counters["requests"].labels(*labels, policy, outcome).inc(count)
@@ -216,5 +255,8 @@ class PruningPromMetrics(KVConnectorPromMetrics):
             self._counters[name].labels(*labels)
         for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind)
+        for result in REUSE:
+            self._counters["reuse_requests"].labels(*labels, result)
+        self._pinned.labels(*labels).set(0)
         for outcome in OUTCOMES:
             self._counters["requests"].labels(*labels, self._policy, outcome)

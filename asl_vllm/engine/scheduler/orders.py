@@ -174,7 +174,8 @@ class SchedulerSide:
                     continue
                 if plan := self._plans.get(request_id):
                     again = request_id in self._reports
-                    self.tally.prefilled(plan, report, again=again)
+                    reuse = self.prefixes.outcome(plan, report.reused_tokens)
+                    self.tally.prefilled(plan, report, reuse, again=again)
                     self._reports[request_id] = report
                     self._untold.add(request_id)
                     self._prune(request_id, plan, report.pruned_bands)
@@ -283,8 +284,16 @@ class SchedulerSide:
             "layer": layer,
             "num_layers": self.num_layers,
             "selection_layer": selected,
+            "reused_tokens": self._reused_tokens(request_id, report),
             "blocks_held": held,
         }
+
+    def _reused_tokens(self, request_id: str, report: PrefillReport | None) -> int:
+        """Tokens of a request that come from the prefix cache, as far as is known."""
+        if self.is_loading(request_id):
+            pinned = self.prefixes.pinned_ids(request_id)
+            return len(pinned[0]) * self._settings.block_size if pinned else 0
+        return report.reused_tokens if report else 0
 
 
 def _packed(token_ids: Sequence[int]) -> array[int]:
