@@ -127,13 +127,18 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker_side.queue = queue
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        orders = self._get_connector_metadata()
-        assert isinstance(orders, StepOrders)
-        self.worker_side.run(orders)
+        """Nothing yet: called before the forward in steps with a synchronous load.
+
+        Passes may read what this step's forward writes, since vLLM's prefix cache has
+        a block as soon as its tokens are scheduled.
+        """
 
     def get_transfer_results(
         self, finished_req_ids: set[str]
     ) -> KVConnectorTransferResults:
+        orders = self._get_connector_metadata()
+        assert isinstance(orders, StepOrders)
+        self.worker_side.run(orders)
         # Jobs of requests that ended are dropped by `StepOrders.drops`, in time.
         return self.worker_side.take_results()
 

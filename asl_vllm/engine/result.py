@@ -29,6 +29,8 @@ class PromptResult:
     reused_tokens: int
     reused_token_layers: int
     rerun_token_layers: int
+    shared_prefills: int
+    """Sequences that took over another's prefill."""
 
     def numbers(self) -> dict[str, int]:
         """``usage.kv_cache``, which clients add up key by key: integers only.
@@ -53,6 +55,7 @@ def prompt_result(plan: PrunePlan, report: PrefillReport | None) -> PromptResult
         reused_tokens=report.reused_tokens if report else 0,
         reused_token_layers=report.reused_token_layers if report else 0,
         rerun_token_layers=report.rerun_token_layers if report else 0,
+        shared_prefills=int(report.shared) if report else 0,
     )
 
 

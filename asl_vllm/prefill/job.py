@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,3 +98,18 @@ class PrefillReport:
     reused_tokens: int = 0
     reused_token_layers: int = 0
     rerun_token_layers: int = 0
+    shared: bool = False
+    """Another request's prefill, of the same prompt: nothing of it was computed here."""
+
+    def as_shared(self, num_tokens: int) -> PrefillReport:
+        """What a request reports that took ``num_tokens`` over from this prefill."""
+        taken = self.computed_token_layers - self.rerun_token_layers
+        return replace(
+            self,
+            computed_token_layers=0,
+            seconds=0.0,
+            reused_tokens=num_tokens,
+            reused_token_layers=self.reused_token_layers + taken,
+            rerun_token_layers=0,
+            shared=True,
+        )

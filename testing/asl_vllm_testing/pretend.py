@@ -1,8 +1,8 @@
 """A worker without a model: it writes marks into slots, and reads them back.
 
 The mark of a token says what must be in its slot: for a request that is not pruned,
-a hash of the tokens up to it, so that requests may share prefixes; for a pruned one,
-a hash of its name and position. Every step reads all that attention would read, so a
+a hash of the tokens up to it, so that requests may share prefixes; for a pruned one
+one that no other number of pruned tokens has, so that only twins may share. Every step reads all that attention would read, so a
 slot that another request wrote to, or that was never written, is found at once. The
 next token is a hash of the last mark, so each answer is known beforehand.
 
@@ -55,7 +55,7 @@ class Script:
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        mark = zlib.crc32(self.name.encode()) + 1 if self.pruned_tokens else 1
+        mark = zlib.crc32(f"{self.pruned_tokens}".encode()) if self.pruned_tokens else 1
         for position in range(len(self.prompt) + self.max_tokens):
             if position < len(self.prompt):
                 token = self.prompt[position]
@@ -64,6 +64,11 @@ class Script:
             self.tokens.append(token)
             mark = (mark * 1_000_003 + token + 1) % (1 << 61)
             self.marks.append(mark)
+
+    @property
+    def pruned_prompt(self) -> tuple[list[int], int]:
+        """What twins have in common."""
+        return self.prompt, self.pruned_tokens
 
     @property
     def answer(self) -> list[int]:
@@ -138,6 +143,7 @@ class PretendWorker:
             self._mover.worker = HostMemoryWorker([pool], [[0]], CHUNKS)
         self.scripts: dict[str, Script] = {}
         self.admitted: list[str] = []
+        self.copies = 0
         self._block_size = block_size
         self._rows: dict[str, list[int]] = {}
         self._known: dict[str, int] = {}
@@ -176,6 +182,13 @@ class PretendWorker:
             orders, moves = orders.metadata
             self._mover.handle_preemptions(moves)
         self._update_rows(step)
+        for copy in step.kv_cache_block_copies or ():
+            source, target = (
+                slice(block * self._block_size, (block + 1) * self._block_size)
+                for block in (copy.src_block_id, copy.dst_block_id)
+            )
+            self.slots[target] = self.slots[source]
+            self.copies += 1
         names = list(step.num_scheduled_tokens)
         sampled = [self._forward(name, step) for name in names]
         assert isinstance(orders, StepOrders)

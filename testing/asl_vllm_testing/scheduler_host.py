@@ -66,12 +66,19 @@ class Host:
         tokens: int = PROMPT,
         shallow: str | None = None,
         salt: str | None = None,
+        reuse: str | None = None,
+        policy: str | None = None,
         **sampling: Any,
     ) -> Request:
         sampling = {"max_tokens": 4, **sampling}
         params = SamplingParams(**sampling)
         params.update_from_generation_config({}, None)
-        asked = {"kv_budget": budget, "kv_shallow": shallow}
+        asked = {
+            "kv_budget": budget,
+            "kv_shallow": shallow,
+            "kv_reuse": reuse,
+            "kv_policy": policy,
+        }
         given = {name: value for name, value in asked.items() if value is not None}
         plan = plan_request(settings_of(self.scheduler.vllm_config), given, tokens)
         if plan:

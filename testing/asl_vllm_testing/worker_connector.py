@@ -57,9 +57,9 @@ def worker_connector() -> tuple[AslConnector, Queue]:
     return connector, queue
 
 
-def scheduled(jobs: list[PrefillJob]) -> Any:
+def scheduled(jobs: list[PrefillJob], *, has_sync_kv_loads: bool = False) -> Any:
     return SimpleNamespace(
         kv_connector_metadata=StepOrders(jobs, 100),
-        has_sync_kv_loads=False,
+        has_sync_kv_loads=has_sync_kv_loads,
         finished_req_ids=set(),
     )

@@ -111,11 +111,14 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Queue:
     return queue
 
 
+@pytest.mark.parametrize("synchronous", [False, True])
 def test_passes_run_after_the_steps_forward_and_their_results_are_taken(
-    worker: Queue,
+    worker: Queue, synchronous: bool
 ) -> None:
-    """In 0.32, unless a load is synchronous; ours never is."""
-    step = KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(scheduled([JOB]))
+    """Also where a load is synchronous: a pass may read what the forward writes."""
+    step = KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(
+        scheduled([JOB], has_sync_kv_loads=synchronous)
+    )
     with set_forward_context(None, engine_config()):
         with step as output:
             assert not worker.steps

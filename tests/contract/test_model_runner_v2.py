@@ -42,11 +42,13 @@ BATCH = SimpleNamespace(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("synchronous", [False, True])
 def test_passes_run_after_the_forward_with_more_arguments(
-    runner: tuple[ActiveKVConnector, Queue],
+    runner: tuple[ActiveKVConnector, Queue], synchronous: bool
 ) -> None:
     host, queue = runner
-    host.pre_forward(scheduled([JOB]), BATCH, {"layer": object()})
+    step = scheduled([JOB], has_sync_kv_loads=synchronous)
+    host.pre_forward(step, BATCH, {"layer": object()})
     host.finish_forward()
     assert not queue.steps
     output = host.post_forward(set())

@@ -113,7 +113,8 @@ def test_many_documents_in_a_small_pool() -> None:
         name, salt = f"r{index}", str(index % 6)
         if index % 3 == 0:
             host.add(f"d{index}", budget=None, max_tokens=2, salt=salt)
-        host.add(name, salt=salt)
+        # Of another length each, or some were another one's twins.
+        host.add(name, salt=salt, tokens=PROMPT + index)
         waiting.add(name)
     done: set[str] = set()
     for _ in range(400):

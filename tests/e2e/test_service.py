@@ -34,6 +34,7 @@ REPORT = {
     "reused_tokens": 0,
     "reused_token_layers": 0,
     "rerun_token_layers": 0,
+    "shared_prefills": 0,
 }
 UNPRUNED = {
     "policy": "asl",
@@ -46,6 +47,7 @@ UNPRUNED = {
     "reused_tokens": 0,
     "reused_token_layers": 0,
     "rerun_token_layers": 0,
+    "shared_prefills": 0,
 }
 HEADERS = {
     "x-kv-policy": "policy",
@@ -175,6 +177,7 @@ def test_several_prompts_and_choices(pruning: Server, stream: bool) -> None:
         "reused_tokens": 0,
         "reused_token_layers": 0,
         "rerun_token_layers": 0,
+        "shared_prefills": 0,
     }
     sequences = [short, short, REPORT, REPORT, other, other]
     counts = REPORT.keys() - {"policy", "selection_layer"}

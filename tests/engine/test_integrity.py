@@ -94,6 +94,24 @@ def give_to_another(host: KVCacheManager) -> None:
     row(host, "second")[-1] = row(host, "pruned")[-1]
 
 
+def twin(host: KVCacheManager) -> None:
+    """A second request, pruned alike, that shares all blocks but the last."""
+    pruned_blocks(host).set_pruned_blocks("twin", 7)
+    like = request("twin", 10 * BLOCK, hashed=False)
+    pruned_blocks(host).offer_twin("twin", "pruned", 10 * BLOCK - 1)
+    assert host.allocate_slots(like, 1, num_external_computed_tokens=10 * BLOCK - 1)
+    _, retained = host.take_kv_cache_block_copies()
+    host.block_pool.free_blocks(retained)
+    assert row(host, "twin")[7:9] == row(host, "pruned")[7:9]
+    check_integrity(host)
+
+
+def share_out_of_place(host: KVCacheManager) -> None:
+    twin(host)
+    blocks = row(host, "twin")
+    blocks[7], blocks[8] = blocks[8], blocks[7]
+
+
 def share_a_pruned_block(host: KVCacheManager) -> None:
     give_to_another(host)
     row(host, "pruned")[-1].ref_cnt += 1
@@ -151,6 +169,7 @@ def second_null_block(host: KVCacheManager) -> None:
         (free_while_owned, "is free and owned by pruned"),
         (free_twice, "the free list loops"),
         (share_a_pruned_block, "of the pruned request pruned is shared"),
+        (share_out_of_place, "shared with one that is not pruned alike"),
         (give_to_another, "counts 1 owners and has 2: pruned, second"),
         (hold_twice, "the row of first has block"),
         (lack_a_block, "the row of first has null blocks at [0], its first 0 are"),

@@ -83,6 +83,7 @@ class Machine(RuleBasedStateMachine):
         self.aborted: set[str] = set()
         self.preemptions = 0
         self.reused = 0
+        self.shared = 0
 
     # What can happen.
 
@@ -119,7 +120,9 @@ class Machine(RuleBasedStateMachine):
         plan = plan_request(self.settings, given, length)
         self._count += 1
         pruned = plan.pruned_tokens if plan else 0
-        script = Script(name, prompt, max_tokens, pruned, fails and pruned > 0)
+        # One that fails has a twin only where that one fails too.
+        fails = fails and pruned > 0 and not self._twins(prompt, pruned)
+        script = Script(name, prompt, max_tokens, pruned, fails)
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         params.update_from_generation_config({}, None)
         if plan:
@@ -136,6 +139,18 @@ class Machine(RuleBasedStateMachine):
                 block_hasher=get_request_block_hasher(BLOCK, sha256),
             )
         )
+
+    @precondition(lambda self: self._pruned())
+    @rule(pick=st.integers(0, 1000), count=st.integers(1, 4), most=st.integers(1, 70))
+    def arrive_again(self, pick: int, count: int, most: int) -> None:
+        """The same prompt and budget, as samples of one request and retries are."""
+        pruned = self._pruned()
+        script = self.worker.scripts[pruned[pick % len(pruned)]]
+        length = len(script.prompt)
+        (family,) = (i for i, f in enumerate(FAMILIES) if f[:length] == script.prompt)
+        for _ in range(count):
+            name, budget = f"r{self._count}", length - script.pruned_tokens
+            self._arrive(name, family, length, max(budget, MINIMUM), most, False)
 
     @rule(
         family=st.sampled_from(range(len(FAMILIES))),
@@ -260,6 +275,23 @@ class Machine(RuleBasedStateMachine):
         for request in self.scheduler.requests.values():
             self.preemptions = max(self.preemptions, request.num_preemptions)
 
+    def _pruned(self) -> list[str]:
+        """Requests that may have twins."""
+        scripts = [self.worker.scripts[name] for name in self.arrived]
+        # One token may begin several families.
+        return [
+            script.name
+            for script in scripts
+            if script.pruned_tokens and not script.fails
+        ]
+
+    def _twins(self, prompt: list[int], pruned_tokens: int) -> list[Script]:
+        return [
+            script
+            for script in self.worker.scripts.values()
+            if (script.prompt, script.pruned_tokens) == (prompt, pruned_tokens)
+        ]
+
     def _live(self) -> list[str]:
         gone = self.aborted | set(self.ended)
         return [name for name in self.arrived if name not in gone]
@@ -288,13 +320,22 @@ class Machine(RuleBasedStateMachine):
         )
 
     def _check_order(self) -> None:
-        """Pruned prompts start first come, first served; the preempted come again."""
-        first = list(dict.fromkeys(self.worker.admitted))
+        """Pruned prompts start first come, first served; the preempted come again.
+
+        One that has a twin may wait for it instead, or begin when that comes to nothing.
+        """
+        alone = {
+            name
+            for name in self.arrived
+            if len(self._twins(*self.worker.scripts[name].pruned_prompt)) == 1
+        }
+        first = [n for n in dict.fromkeys(self.worker.admitted) if n in alone]
         assert first == sorted(first, key=self.arrived.index)
         started = set(first)
         last = self.arrived.index(first[-1]) if first else 0
         for name in self.arrived[:last]:
-            if self.worker.scripts[name].pruned_tokens and name not in self.aborted:
+            script = self.worker.scripts[name]
+            if script.pruned_tokens and name in alone - self.aborted:
                 assert name in started, f"{first[-1]} overtook {name}"
 
     def _check_report(self, part: Any) -> None:
@@ -304,6 +345,7 @@ class Machine(RuleBasedStateMachine):
             assert report["pruned_tokens"] == pruned
             assert report["freed_blocks"] == pruned // BLOCK
             self.reused += report["reused_tokens"] > 0
+            self.shared += report["shared_prefills"]
 
     def teardown(self) -> None:
         for _ in range(STEPS_TO_END):
@@ -326,12 +368,15 @@ class Machine(RuleBasedStateMachine):
                 assert self.answers[name] == script.answer
         SEEN.append(self.preemptions)
         REUSED.append(self.reused)
+        SHARED.append(self.shared)
 
 
 SEEN: list[int] = []
 """Preemptions of one request, at most, by example; the test below wants some."""
 REUSED: list[int] = []
 """Requests that read a prefix, by example; the test below wants some."""
+SHARED: list[int] = []
+"""Requests that took a twin's prefill over, likewise."""
 
 
 class AsyncMachine(Machine):
@@ -347,8 +392,10 @@ def test_nothing_is_lost_shared_or_stuck(
 ) -> None:
     SEEN.clear()
     REUSED.clear()
+    SHARED.clear()
     # Thousands of injected errors, each with a traceback.
     caplog.set_level(logging.CRITICAL, logger="asl_vllm.prefill.queue")
     run_state_machine_as_test(machine, settings=settings())
     assert any(SEEN), "the pool was never full"
     assert any(REUSED), "no prompt found a prefix"
+    assert any(SHARED), "no prompt was a twin's"

@@ -22,7 +22,8 @@ class PrunedBlocksManager(FullAttentionManager):
     Owns the number of pruned blocks of each request, and the pins: cached blocks that
     a request's prefill reads, which belong to its row no more than to any other's.
     They never enter the row, where the prefill writes: their hashes promise what they
-    hold to every other request.
+    hold to every other request. Requests with the same pruned prompt may share its
+    whole blocks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,13 +33,27 @@ class PrunedBlocksManager(FullAttentionManager):
         self._late: set[str] = set()
         self._offers: dict[str, list[KVCacheBlock]] = {}
         self._pins: dict[str, list[KVCacheBlock]] = {}
+        self._twins: dict[str, tuple[str, int]] = {}
 
     def offer(self, request_id: str, blocks: Sequence[KVCacheBlock]) -> None:
-        """Cached blocks to be pinned if the request is given blocks now.
-
-        To be said at each attempt anew, empty too: what was not pinned may be evicted.
-        """
+        """Cached blocks to be pinned if the request is given blocks now."""
         self._offers[request_id] = list(blocks)
+
+    def offer_twin(self, request_id: str, twin: str, num_tokens: int) -> None:
+        """If given blocks now, the request shares the twin's of its first tokens.
+
+        Those behind its pruned blocks, and the last as a copy unless it is whole.
+        """
+        assert self.pruned_blocks(request_id) == self.pruned_blocks(twin)
+        self._twins[request_id] = twin, num_tokens
+
+    def withdraw(self, request_id: str) -> None:
+        """Drops what was offered for blocks that were not given; idempotent.
+
+        To be said before each attempt: what was offered may belong to others by now.
+        """
+        self._offers.pop(request_id, None)
+        self._twins.pop(request_id, None)
 
     def pinned(self, request_id: str) -> Sequence[KVCacheBlock]:
         """The blocks that the request's prefill reads."""
@@ -70,7 +85,7 @@ class PrunedBlocksManager(FullAttentionManager):
     def forget(self, request_id: str) -> None:
         """Drops what `set_pruned_blocks` said; the request has ended."""
         self._pruned_blocks.pop(request_id, None)
-        self._offers.pop(request_id, None)
+        self.withdraw(request_id)
         assert request_id not in self._pins
         self._late.discard(request_id)
 
@@ -112,7 +127,8 @@ class PrunedBlocksManager(FullAttentionManager):
         pinning = self._get_num_evictable_blocks(self._offers.get(request_id, ()))
         with self._for(request_id):
             needed = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
-        return int(needed) + pinning
+        shared, _ = self._shared_with(request_id)
+        return int(needed) + pinning - len(shared)
 
     def add_local_computed_blocks(
         self, request_id: str, *args: Any, **kwargs: Any
@@ -124,6 +140,29 @@ class PrunedBlocksManager(FullAttentionManager):
             self._pins[request_id] = blocks
         with self._for(request_id):
             super().add_local_computed_blocks(request_id, *args, **kwargs)
+        shared, copied = self._shared_with(request_id)
+        if self._twins.pop(request_id, None):
+            row = self.req_to_blocks[request_id]
+            row.extend(shared)
+            self.block_pool.touch(shared)
+            if copied is not None:
+                # As where a hit of vLLM's own ends inside a block: it takes a block
+                # next, and has workers copy this one before the step's forward.
+                assert all(copied is not copy for _, copy in self._pending_cow_copies)
+                self._partial_hit_reqs[request_id] = len(row), copied
+                row.append(copied)
+                self.block_pool.touch([copied])
+
+    def _shared_with(
+        self, request_id: str
+    ) -> tuple[list[KVCacheBlock], KVCacheBlock | None]:
+        """Blocks of a twin that are offered: whole ones, and the one to be copied."""
+        if request_id not in self._twins:
+            return [], None
+        twin, num_tokens = self._twins[request_id]
+        row, whole = self.req_to_blocks[twin], num_tokens // self.block_size
+        shared = row[self.pruned_blocks(request_id) : whole]
+        return shared, row[whole] if num_tokens % self.block_size else None
 
     def allocate_external_computed_blocks(
         self, request_id: str, *args: Any, **kwargs: Any

@@ -44,8 +44,9 @@ def check_integrity(kv_cache_manager: KVCacheManager, *, idle: bool = False) -> 
 
     Every block but the null one is either free, once, or owned by as many requests
     as it counts; free + used + null = all. A request's row begins with as many null
-    blocks as it has pruned blocks and has no other. A pruned request shares none of
-    its blocks and none of them is in the prefix cache.
+    blocks as it has pruned blocks and has no other. A pruned request shares blocks
+    with others that are pruned alike only, at the same place of their rows, and none
+    of them is in the prefix cache.
 
     Args:
         kv_cache_manager: The scheduler's. Not while it is in the middle of a call.
@@ -117,8 +118,7 @@ def _faults(kv_cache_manager: KVCacheManager, idle: bool) -> Iterator[str]:
                     reader = f"the prefill of {request_id}"
                     owners.setdefault(block.block_id, []).append(reader)
     yield from _ownership(pool, free, owners)
-    for manager in managers:
-        yield from _pruned_are_private(manager, pool)
+    yield from _pruned_are_apart(managers, pool)
     yield from _prefix_cache(pool)
     if idle:
         yield from _nothing_left(managers, owners)
@@ -205,16 +205,23 @@ def _row(manager: Any, request_id: str, row: list[Any]) -> Iterator[str]:
             yield f"{where} has block {block_id} {times} times"
 
 
-def _pruned_are_private(manager: Any, pool: BlockPool) -> Iterator[str]:
-    for request_id, row in manager.req_to_blocks.items():
-        if not _pruned_blocks(manager, request_id):
-            continue
-        for block in row:
+def _pruned_are_apart(managers: Any, pool: BlockPool) -> Iterator[str]:
+    rows = [
+        (band, request_id, _pruned_blocks(manager, request_id), row)
+        for band, manager in enumerate(managers)
+        for request_id, row in manager.req_to_blocks.items()
+    ]
+    places: dict[int, set[tuple[int, int, int]]] = {}
+    for band, _, pruned, row in rows:
+        for column, block in enumerate(row):
+            places.setdefault(block.block_id, set()).add((band, pruned, column))
+    for _, request_id, pruned, row in rows:
+        for block in row if pruned else ():
             if block.is_null:
                 continue
             name = f"block {block.block_id} of the pruned request {request_id}"
-            if block.ref_cnt > 1:
-                yield f"{name} is shared"
+            if len(places[block.block_id]) > 1:
+                yield f"{name} is shared with one that is not pruned alike"
             if (
                 block.block_hash is not None
                 or block.block_id in pool.cached_block_hashes_by_block

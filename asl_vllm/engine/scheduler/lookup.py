@@ -36,11 +36,15 @@ class PrefixLookup:
 
     def take_hashes(self, request: Request, plan: PrunePlan) -> None:
         """Keeps the request's hashes, if it may read, and clears them for vLLM."""
-        if plan.reuse == "read" and self._settings.reads_prefixes:
+        if self.may_read(plan):
             self._hashes[request.request_id] = list(request.block_hashes)
         # Without hashes it neither finds nor leaves blocks in the prefix cache.
         request.block_hashes = []
         request._block_hasher = None
+
+    def may_read(self, plan: PrunePlan) -> bool:
+        """Whether a request wants what others computed, and this server has it."""
+        return plan.reuse == "read" and self._settings.reads_prefixes
 
     def offer(self, request: Request, plan: PrunePlan) -> None:
         """Offers the longest cached prefix to the block managers, be it none."""
@@ -50,7 +54,7 @@ class PrefixLookup:
 
     def outcome(self, plan: PrunePlan, reused_tokens: int) -> str:
         """What a prefill found, one of `asl_vllm.engine.scheduler.metrics.REUSE`."""
-        if plan.reuse == "none" or not self._settings.reads_prefixes:
+        if not self.may_read(plan):
             return "none"
         if not reused_tokens:
             return "miss"

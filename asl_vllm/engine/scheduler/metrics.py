@@ -25,9 +25,9 @@ from asl_vllm.prefill import PrefillReport
 OUTCOMES = ("pruned", "unpruned", "failed", "aborted")
 """How a request with a budget may end."""
 
-REUSE = ("hit", "partial", "miss", "none")
+REUSE = ("hit", "partial", "miss", "none", "shared")
 """What a prompt found in the prefix cache: all that it may read, some of it, nothing;
-``none``: it did not look."""
+``none``: it did not look; ``shared``: another one's prefill was its own."""
 
 _KINDS = ("computed", "skipped", "reused", "rerun")
 _COUNTS = ("pruned_tokens", "freed_blocks", "reused_tokens", *_KINDS)
@@ -136,6 +136,13 @@ class PruningTally:
                 report.pruned_bands
             ).pruned_tokens
 
+    def shared(self, plan: PrunePlan, report: PrefillReport) -> None:
+        """A request took its pruned prompt over from another, which reported this."""
+        self._interval.add_pruned(plan, report)
+        self._interval.add_reuse("shared")
+        self.totals["requests"] += 1
+        self.totals["pruned_tokens"] += plan.in_force(report.pruned_bands).pruned_tokens
+
     def ended(self, policy: str, outcome: str) -> None:
         """A request with a budget ended."""
         self._interval.add_ended(policy, outcome)
@@ -207,7 +214,8 @@ class PruningPromMetrics(KVConnectorPromMetrics):
                 (
                     "reuse_requests",
                     "Pruned prompts by what they found in the prefix cache: all that "
-                    "they may read (hit), partial, miss; none did not look.",
+                    "they may read (hit), partial, miss; none did not look; shared "
+                    "took over the prefill of another with the same prompt.",
                     ("result",),
                 ),
                 ("freed_blocks", "KV blocks that pruned prompts did without.", ()),

@@ -20,6 +20,7 @@ from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
+from asl_vllm.engine.scheduler.twins import Twins
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
 
@@ -55,6 +56,8 @@ class SchedulerSide:
         self._new_drops: set[str] = set()
         self._new_jobs: list[PrefillJob] = []
         self._untold: set[str] = set()
+        self._twins = Twins(self.is_loading, self._is_whole)
+        self._sharing: dict[str, str] = {}
         self._turned_away = False
         self.paused = False
 
@@ -91,6 +94,8 @@ class SchedulerSide:
         if plan.pruned_blocks:
             bands = 0 if plan.keep_shallow else self._bands.count
             self._prune(request.request_id, plan, bands)
+            if self.prefixes.may_read(plan):
+                self._twins.add(request, plan)
             self.prefixes.take_hashes(request, plan)
 
     def _prune(self, request_id: str, plan: PrunePlan, deepest_bands: int) -> None:
@@ -103,27 +108,44 @@ class SchedulerSide:
     def tokens_to_load(self, request: Request) -> tuple[int | None, bool]:
         """(N-1, True) for a pruned request, (0, False) for any other.
 
-        (None, False) while enough prompts hold blocks, or a dropped job of its name
-        is not reported yet; then none of the requests behind it is admitted in this
-        step either, so that the order stays.
+        (N-1, False) where a twin has them: the request runs in this very step.
+        (None, False) while a twin is prefilled. And while enough prompts hold blocks,
+        or a dropped job of its name is not reported yet; then none of the requests
+        behind it is admitted in this step either, so that the order stays.
         """
         plan = self._plans.get(request.request_id)
         if plan is None or not plan.pruned_blocks:
             return 0, False
+        request_id = request.request_id
+        self._sharing.pop(request_id, None)
+        for manager in self._managers:
+            manager.withdraw(request_id)
+        twin = self._twins.find(request_id)
+        if twin is not None and request_id not in self._dropped:
+            if self.is_loading(twin):
+                return None, False
+            self._sharing[request_id] = twin
+            for manager in self._managers:
+                manager.offer_twin(request_id, twin, plan.num_prompt_tokens - 1)
+            return plan.num_prompt_tokens - 1, False
         busy = sum(self._in_flight.values()) >= _STEPS_AHEAD * self._step_tokens
-        if busy or self._turned_away or request.request_id in self._dropped:
+        if busy or self._turned_away or request_id in self._dropped:
             self._turned_away = True
             return None, False
         if plan.keep_shallow:
             # Which bands are deep is only known once it has been prefilled, again if
             # it was preempted.
-            self._prune(request.request_id, plan, 0)
+            self._prune(request_id, plan, 0)
         self.prefixes.offer(request, plan)
         return plan.num_prompt_tokens - 1, True
 
     def on_allocated(self, request: Request, blocks: KVCacheBlocks) -> None:
-        """Makes the job of a request that just got its blocks."""
+        """Makes the job of a request that just got its blocks, unless a twin had one."""
         plan = self._plans[request.request_id]
+        self._twins.holds(request.request_id)
+        if twin := self._sharing.pop(request.request_id, None):
+            self._on_shared(request, plan, self._reports[twin])
+            return
         first = 0 if plan.keep_shallow else plan.pruned_blocks
         if self._log_stats:
             # vLLM notes it when a request first runs, which is after its prefill.
@@ -148,6 +170,24 @@ class SchedulerSide:
                 reused_block_ids=reused,
             )
         )
+
+    def _on_shared(
+        self, request: Request, plan: PrunePlan, report: PrefillReport
+    ) -> None:
+        """A request took its prompt over from a twin that reported this."""
+        tokens = plan.num_prompt_tokens - 1
+        if request.prefill_stats is not None:
+            request.prefill_stats.set(plan.num_prompt_tokens, tokens, 0)
+        again = request.request_id in self._reports
+        self._reports[request.request_id] = report.as_shared(tokens)
+        self._untold.add(request.request_id)
+        if not again:
+            self.tally.shared(plan, report)
+
+    def _is_whole(self, request_id: str) -> bool:
+        """Whether a request's pruned prompt is in the blocks that it holds."""
+        reported = request_id in self._reports and not self.is_loading(request_id)
+        return reported and all(m.req_to_blocks.get(request_id) for m in self._managers)
 
     def orders(self, num_scheduled_tokens: int) -> StepOrders:
         """This step's orders: passes get what is left, within ``pass_share``."""
@@ -216,6 +256,8 @@ class SchedulerSide:
         self._untold.discard(request.request_id)
         self.on_taken_back(request.request_id)
         self.prefixes.forget(request.request_id)
+        self._twins.forget(request.request_id)
+        self._sharing.pop(request.request_id, None)
         for manager in self._managers:
             manager.forget(request.request_id)
         if plan is None:
