@@ -99,7 +99,7 @@ class PrefillReport:
     reused_token_layers: int = 0
     rerun_token_layers: int = 0
     shared: bool = False
-    """Another request's prefill, of the same prompt: nothing of it was computed here."""
+    """Another request's prefill, of the same prompt: nothing was computed for this."""
 
     def as_shared(self, num_tokens: int) -> PrefillReport:
         """What a request reports that took ``num_tokens`` over from this prefill."""

@@ -72,7 +72,7 @@ class Engine:
         extra = {"extra_args": given} if given else {}
         salted = {} if salt is None else {"cache_salt": salt}
         params = SamplingParams(
-            temperature=0, max_tokens=max_tokens, **extra, **sampling
+            **{"temperature": 0, "max_tokens": max_tokens, **extra, **sampling}
         )
         return self.llm.generate(
             [{"prompt_token_ids": list(p), **salted} for p in prompts],

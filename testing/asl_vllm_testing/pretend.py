@@ -2,9 +2,10 @@
 
 The mark of a token says what must be in its slot: for a request that is not pruned,
 a hash of the tokens up to it, so that requests may share prefixes; for a pruned one
-one that no other number of pruned tokens has, so that only twins may share. Every step reads all that attention would read, so a
-slot that another request wrote to, or that was never written, is found at once. The
-next token is a hash of the last mark, so each answer is known beforehand.
+one that no other number of pruned tokens has, so that only twins may share. Every step
+reads all that attention would read, so a slot that another request wrote to, or that
+was never written, is found at once. The next token is a hash of the last mark, so each
+answer is known beforehand.
 
 Steps are executed in the order in which they were scheduled, as a device does, also
 where their outputs are looked at later. With ``host_memory`` vLLM's offloading

@@ -322,7 +322,7 @@ class Machine(RuleBasedStateMachine):
     def _check_order(self) -> None:
         """Pruned prompts start first come, first served; the preempted come again.
 
-        One that has a twin may wait for it instead, or begin when that comes to nothing.
+        One that has a twin may wait for it, or begin when that comes to nothing.
         """
         alone = {
             name

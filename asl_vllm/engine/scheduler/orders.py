@@ -140,7 +140,7 @@ class SchedulerSide:
         return plan.num_prompt_tokens - 1, True
 
     def on_allocated(self, request: Request, blocks: KVCacheBlocks) -> None:
-        """Makes the job of a request that just got its blocks, unless a twin had one."""
+        """Makes the job of a request that just got its blocks, unless a twin has it."""
         plan = self._plans[request.request_id]
         self._twins.holds(request.request_id)
         if twin := self._sharing.pop(request.request_id, None):
