@@ -265,6 +265,6 @@ class PruningPromMetrics(KVConnectorPromMetrics):
             self._counters["token_layers"].labels(*labels, kind)
         for result in REUSE:
             self._counters["reuse_requests"].labels(*labels, result)
-        self._pinned.labels(*labels).set(0)
+        self._pinned.labels(*labels)
         for outcome in OUTCOMES:
             self._counters["requests"].labels(*labels, self._policy, outcome)
