@@ -384,6 +384,7 @@ def test_metrics_are_what_requests_reported(pruning: Server) -> None:
         ("kept_tokens_sum",): kept,
         ("pruned_tokens_total",): pruned,
         ("freed_blocks_total",): pruned // BLOCK,
+        ("reuse_requests_total", "none"): 2,
         ("prefill_seconds_count",): 2,
         ("token_layers_total", "computed"): 900 * LAYERS - skipped,
         ("token_layers_total", "skipped"): skipped,

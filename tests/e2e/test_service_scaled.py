@@ -93,6 +93,7 @@ def test_each_api_server_answers_for_all(clients: list[httpx.Client]) -> None:
         ("kept_tokens_sum",): sum(report["kept_tokens"] for report in reports),
         ("pruned_tokens_total",): pruned,
         ("freed_blocks_total",): sum(report["freed_blocks"] for report in reports),
+        ("reuse_requests_total", "none"): 6,
         ("prefill_seconds_count",): 6,
         ("token_layers_total", "computed"): computed,
         ("token_layers_total", "skipped"): skipped,
