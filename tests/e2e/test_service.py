@@ -16,7 +16,7 @@ from asl_vllm.config import POLICY_NAMES
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server
 from asl_vllm_testing.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
-from tests.e2e.prometheus import scrape, settle, since
+from tests.e2e.prometheus import Samples, scrape, settle, since
 
 QUESTION = needle(7, 600)
 OTHER = needle(9, 300)
@@ -60,6 +60,7 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 PATHS = [COMPLETIONS, CHAT, RESPONSES]
+MESSAGES = "/v1/messages"
 
 
 def body(path: str, text: str = QUESTION.text, **more: Any) -> dict[str, Any]:
@@ -390,6 +391,105 @@ def test_metrics_are_what_requests_reported(pruning: Server) -> None:
         ("token_layers_total", "skipped"): skipped,
     }
     settle(lambda: since(pruning.http, before), expected)
+
+
+def stop_at(path: str, word: str) -> dict[str, Any]:
+    return {"stop_sequences" if path == MESSAGES else "stop": [word]}
+
+
+def words_of(path: str, reply: dict[str, Any]) -> list[str]:
+    """What was generated."""
+    if path == COMPLETIONS:
+        text = reply["choices"][0]["text"]
+    elif path == CHAT:
+        text = reply["choices"][0]["message"]["content"]
+    else:
+        said = reply if path == MESSAGES else reply["output"][0]
+        text = said["content"][0]["text"]
+    return str(text).split()
+
+
+def test_all_endings_tell_the_same(pruning: Server) -> None:
+    """Stop strings and tokens, or the length; only a client that leaves is aborted."""
+    before = scrape(pruning.http)
+    word = QUESTION.answer_words[2]
+    assert word not in QUESTION.answer_words[:2]
+    (token,) = pruning.post("/tokenize", prompt=word, add_special_tokens=False).json()[
+        "tokens"
+    ]
+    asked = 0
+    for path in (*PATHS, MESSAGES):
+        chats = path in (CHAT, MESSAGES)
+        expected = for_chat(REPORT, CHAT if chats else path)
+        by_token = {"stop_token_ids": [token]} if path in (COMPLETIONS, CHAT) else {}
+        for ending in (stop_at(path, word), by_token, {}):
+            words = 2 if ending else 4
+            plain = body(CHAT if path == MESSAGES else path, kv_budget=BUDGET)
+            reply = pruning.post(path, **plain, **ending)
+            assert reply.status_code == 200, reply.text
+            assert kv_headers(reply) == as_headers(expected)
+            assert reply.json()["usage"]["kv_cache"] == numbers(expected)
+            assert words_of(path, reply.json()) == QUESTION.answer_words[:words]
+            if path != MESSAGES:
+                assert reply.json()["kv_transfer_params"] == expected
+            asked += 1
+    streamed = body(CHAT, kv_budget=BUDGET, stream=True, **stop_at(CHAT, word))
+    reply = pruning.post(CHAT, **streamed, stream_options={"include_usage": True})
+    assert events(reply.text)[-1]["usage"]["kv_cache"] == numbers(
+        for_chat(REPORT, CHAT)
+    )
+    # Two choices, of which some may end by the string and some by the length.
+    several = {**body(COMPLETIONS, kv_budget=BUDGET), "temperature": 1.0, "seed": 1}
+    reply = pruning.post(COMPLETIONS, **several, n=2, **stop_at(COMPLETIONS, word))
+    assert reply.json()["usage"]["kv_cache"]["kept_tokens"] == 2 * KEPT
+    asked += 3
+
+    def ended() -> Samples:
+        changes = since(pruning.http, before)
+        return {k: v for k, v in changes.items() if k[0] == "requests_total"}
+
+    settle(ended, {("requests_total", "pruned", "asl"): asked})
+
+
+TIMES = ("request_queue_time", "request_prefill_time", "request_decode_time")
+PARTS = ("sum", "count")
+
+
+def test_times_are_booked_where_they_are_spent(pruning: Server) -> None:
+    """vLLM's prefill has ours; with queue and decoding it makes the wall time."""
+
+    def read() -> dict[str, float]:
+        text = pruning.http.get("/metrics").text
+        names = (*TIMES, "time_to_first_token", "e2e_request_latency")
+        parts = [f"vllm:{name}_seconds_{part}" for name in names for part in PARTS]
+        ours = [f"vllm:asl_prefill_seconds_{part}" for part in PARTS]
+        found = dict.fromkeys([*parts, *ours], 0.0)
+        for line in text.splitlines():
+            name, _, rest = line.partition("{")
+            if name in found:
+                found[name] += float(rest.rpartition(" ")[2])
+        return found
+
+    before = read()
+    began = time.monotonic()
+    asked = body(COMPLETIONS, needle(41, 3000).text, kv_budget=BUDGET)
+    assert pruning.post(COMPLETIONS, **asked).is_success
+    wall = time.monotonic() - began
+    deadline = time.monotonic() + 10
+    while True:
+        took = {name: value - before[name] for name, value in read().items()}
+        if all(took[name] == 1 for name in took if name.endswith("count")):
+            break
+        assert time.monotonic() < deadline, took
+        time.sleep(0.1)
+    queue, prefill, decode, first, whole, ours = (
+        took[name] for name in took if name.endswith("sum")
+    )
+    assert 0 < ours <= prefill
+    assert queue < prefill
+    assert queue + prefill <= first + 0.05, "all of it comes before the first token"
+    assert queue + prefill + decode <= whole + 0.05
+    assert whole <= wall
 
 
 def test_an_abandoned_request_is_counted_as_aborted(pruning: Server) -> None:
