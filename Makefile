@@ -7,16 +7,19 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test weights fuzz soak audit bench format lint clean
+.PHONY: help setup demo demo-chat test weights fuzz soak audit bench format lint clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: ## Make .venv and install everything (at once when nothing changed)
 	@$(PYTHON) scripts/setup_env.py
 
 demo: setup ## Serve the small model and ask it one question under several budgets
 	@$(BIN)/python scripts/demo.py
+
+demo-chat: setup ## Serve a real model (93 MB, once) and ask it about a long text
+	@$(BIN)/python scripts/demo_chat.py
 
 test: setup ## Lint, check types and run every test
 	$(BIN)/ruff check
