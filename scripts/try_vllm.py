@@ -91,6 +91,8 @@ def run_tests(files: Path, arguments: list[str]) -> int:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, [files, *ours, *others])),
         UNTESTED_VARIABLE: "1",
+        # What vLLM remembers of its models is of its own files.
+        "VLLM_CACHE_ROOT": str(CACHE / "cache"),
         # Bytecode lies beside the files, which are kept.
         "PYTHONDONTWRITEBYTECODE": "",
     }
