@@ -12,24 +12,19 @@ from asl_kernels.window_scores.triton.loading import key_offsets, query_offsets
 from tests.triton.device import DEVICE
 
 COUNT = 16
-STRIDES = (1 << 17, 1 << 24, 1 << 13, 1 << 8)
-"""Of a block table's rows, of blocks, tokens and heads: 32 KV heads of 256 elements
-and blocks of 2048 tokens."""
+STRIDES = (1 << 13, 1 << 8)
+"""Of tokens and heads: 32 KV heads of 256 elements."""
 
 
 @triton.jit
 def offsets_kernel(
     p_keys,
-    p_table,
     p_out,
     p_request,
     p_first,
     p_head,
-    stride_table,
-    stride_page,
     stride_token,
     stride_head,
-    PAGE: tl.constexpr,
     QUERIES: tl.constexpr,
     COUNT: tl.constexpr,
 ):
@@ -43,17 +38,11 @@ def offsets_kernel(
         )
     else:
         o_all = key_offsets(
-            p_table,
-            i_request,
             tl.load(p_first),
             i_head,
             tl.load(p_keys + o_rows),
-            o_rows < COUNT,
-            stride_table,
-            stride_page,
             stride_token,
             stride_head,
-            PAGE,
         )
     tl.store(p_out + o_rows, o_all)
 
@@ -63,9 +52,7 @@ def offsets(
     request: int,
     first: int,
     head: int,
-    page: int,
     *,
-    table: Tensor | None = None,
     queries: bool = False,
 ) -> list[int]:
     """The offsets of ``keys`` (int32) of a request and head."""
@@ -76,13 +63,11 @@ def offsets(
     out = torch.full((COUNT,), -1, dtype=torch.int64, device=DEVICE)
     offsets_kernel[(1,)](
         keys.to(DEVICE),
-        keys.to(DEVICE) if table is None else table.to(DEVICE),
         out,
         scalar(request, torch.int32),
         scalar(first, torch.int64),
         scalar(head, torch.int32),
         *STRIDES,
-        PAGE=page,
         QUERIES=queries,
         COUNT=COUNT,
     )
@@ -95,36 +80,19 @@ pytestmark = pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarni
 
 def test_a_million_packed_keys_of_each_of_many_requests() -> None:
     keys = torch.arange(COUNT, dtype=torch.int32) + (1 << 20) - COUNT
-    _, _, token, head = STRIDES
+    token, head = STRIDES
     for first in (0, 1 << 20, 63 << 20, (1 << 31) + 5):
-        got = offsets(keys, 3, first, 31, 0)
+        got = offsets(keys, 3, first, 31)
         want = [(first + key) * token + 31 * head for key in keys.tolist()]
         assert got == want
         assert want[0] > 1 << 31
 
 
-@pytest.mark.parametrize("page", [16, 24, 2048])
-def test_a_million_keys_in_blocks_of_high_ids(page: int) -> None:
-    columns = (1 << 20) // page + 1
-    assert columns <= STRIDES[0]
-    table = torch.zeros(1 << 18, dtype=torch.int32)
-    row = (1 << 30) - torch.arange(columns, dtype=torch.int32)
-    table[STRIDES[0] :][:columns] = row
-    keys = torch.arange(COUNT, dtype=torch.int32) * 13 + (1 << 20) - 13 * COUNT
-    got = offsets(keys, 1, 0, 31, page, table=table)
-    _, block, token, head = STRIDES
-    assert got == [
-        int(row[key // page]) * block + key % page * token + 31 * head
-        for key in keys.tolist()
-    ]
-    assert min(got) > 1 << 53
-
-
 def test_queries_of_many_requests_and_heads() -> None:
     got = offsets(
-        torch.zeros(COUNT, dtype=torch.int32), 1 << 20, 0, 1 << 20, 0, queries=True
+        torch.zeros(COUNT, dtype=torch.int32), 1 << 20, 0, 1 << 20, queries=True
     )
-    _, _, token, head = STRIDES
+    token, head = STRIDES
     assert got == [
         ((1 << 20) * 64 + row // 16) * token + ((1 << 20) * 16 + row % 16) * head
         for row in range(COUNT)

@@ -70,6 +70,18 @@ def query_offsets(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def key_offsets(
+    i_first: tl.tensor,
+    i_head: tl.tensor,
+    o_keys: tl.tensor,
+    stride_token: tl.tensor,
+    stride_head: tl.tensor,
+) -> tl.tensor:
+    """Offsets of a request's keys; its first is key ``i_first`` (int64) of all."""
+    return (i_first + o_keys) * stride_token + i_head.to(tl.int64) * stride_head
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def load_rows(
     p_rows: tl.tensor,
     o_rows: tl.tensor,
@@ -108,7 +120,7 @@ def dot_products(
     ``b_q`` holds the rows where BLOCK_DIM covers them. Narrower blocks are read again
     and again from ``o_q``, so that neither rows nor keys are ever held whole.
     """
-    o_k = (i_first + o_keys) * stride_token + i_head.to(tl.int64) * stride_head
+    o_k = key_offsets(i_first, i_head, o_keys, stride_token, stride_head)
     if BLOCK_DIM >= DIM:
         b_k = load_rows(p_k, o_k, m_keys, 0, DIM, BLOCK_DIM)
         b_dots = dot(b_k, b_q, None) if KEYS_FIRST else dot(b_q, b_k, None)
