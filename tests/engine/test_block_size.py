@@ -41,10 +41,11 @@ class Worker(worker.PrefillWorkerMixin, Base):
             loaded=False,
         )
 
-    def _check_scales(self) -> None:
-        """Of the model, which is not there."""
+        self.model_runner = SimpleNamespace(
+            get_model=lambda: None, get_kv_cache_spec=self._specs
+        )
 
-    def _one_spec(self) -> Any:
+    def _specs(self) -> Any:
         raise Reached(self.vllm_config.cache_config.block_size)
 
 
@@ -55,6 +56,9 @@ class Reached(Exception):
 @pytest.fixture(autouse=True)
 def platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "current_platform", Platform)
+    # Of the model, which is not there.
+    monkeypatch.setattr(worker, "attention_layers", lambda model: [])
+    monkeypatch.setattr(worker, "check_attention", lambda layers: None)
 
 
 @pytest.mark.parametrize("budget", [None, 0.5, 160])
