@@ -7,11 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton's interpreter cannot multiply bf16 (3.9); the fp32 products are the same.
-_FP32_DOTS = tl.constexpr(triton.knobs.runtime.interpret)
-# Stands for minus infinity: below any logit, and its differences stay finite.
-LOWEST = tl.constexpr(-8.5e37)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from asl_kernels.triton_math import LOG2_E, LOWEST, dot
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -27,15 +23,6 @@ def rows_up_to(
         i_low = tl.where(b_up_to, i_middle + 1, i_low)
         i_high = tl.where(b_up_to, i_high, i_middle)
     return i_low
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def dot(b_left: tl.tensor, b_right: tl.tensor, b_sum: tl.tensor) -> tl.tensor:
-    """``b_sum + b_left @ b_right`` in fp32, without TF32."""
-    if _FP32_DOTS:
-        b_left = b_left.to(tl.float32)
-        b_right = b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, acc=b_sum, input_precision="ieee")
 
 
 # Sizes are not specialised on: one compiled kernel serves every prompt, and none is

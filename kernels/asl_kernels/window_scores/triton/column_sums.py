@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from asl_kernels.triton_math import LOWEST
 from asl_kernels.window_scores.triton.loading import (
-    LOWEST,
     dot_products,
     keys_of,
     load_rows,

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from asl_kernels.triton_math import LOG2_E
 from asl_kernels.window_scores.triton.column_sums import mass_kernel
-from asl_kernels.window_scores.triton.loading import LOG2_E
 from asl_kernels.window_scores.triton.pooling import average_kernel
 from asl_kernels.window_scores.triton.statistics import (
     combine_kernel,

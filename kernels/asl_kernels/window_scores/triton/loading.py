@@ -15,11 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Triton's interpreter cannot multiply bf16 (3.9); the fp32 products are the same.
-_FP32_DOTS = tl.constexpr(triton.knobs.runtime.interpret)
-# Stands for minus infinity: below any logit, and its differences stay finite.
-LOWEST = tl.constexpr(-8.5e37)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from asl_kernels.triton_math import dot
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -123,7 +119,10 @@ def dot_products(
     o_k = key_offsets(i_first, i_head, o_keys, stride_token, stride_head)
     if BLOCK_DIM >= DIM:
         b_k = load_rows(p_k, o_k, m_keys, 0, DIM, BLOCK_DIM)
-        b_dots = dot(b_k, b_q, None) if KEYS_FIRST else dot(b_q, b_k, None)
+        if KEYS_FIRST:
+            b_dots = dot(b_k, tl.trans(b_q), None)
+        else:
+            b_dots = dot(b_q, tl.trans(b_k), None)
     else:
         b_dots = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
         if KEYS_FIRST:
@@ -132,16 +131,7 @@ def dot_products(
             b_part_q = load_rows(p_q, o_q, m_rows, start, DIM, BLOCK_DIM)
             b_part_k = load_rows(p_k, o_k, m_keys, start, DIM, BLOCK_DIM)
             if KEYS_FIRST:
-                b_dots = dot(b_part_k, b_part_q, b_dots)
+                b_dots = dot(b_part_k, tl.trans(b_part_q), b_dots)
             else:
-                b_dots = dot(b_part_q, b_part_k, b_dots)
+                b_dots = dot(b_part_q, tl.trans(b_part_k), b_dots)
     return b_dots
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def dot(b_left: tl.tensor, b_right: tl.tensor, b_sum: tl.tensor) -> tl.tensor:
-    """``b_sum + b_left @ b_right.T`` in fp32: no TF32; mixed dtypes meet in fp32."""
-    if b_left.dtype != b_right.dtype or _FP32_DOTS:
-        b_left = b_left.to(tl.float32)
-        b_right = b_right.to(tl.float32)
-    return tl.dot(b_left, tl.trans(b_right), acc=b_sum, input_precision="ieee")
