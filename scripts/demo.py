@@ -24,9 +24,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 MODEL = Path(__file__).resolve().parent.parent / "examples/deep_retriever"
@@ -363,24 +363,32 @@ def ask(client: Any, prompt: str, budget: int | None) -> Row:
     )
 
 
-def ask_all(url: str) -> bool:
-    """Asks with every budget and prints what came back; whether all was right."""
+@contextlib.contextmanager
+def client_of(url: str, timeout_s: float) -> Iterator[Any]:
+    """The official client, whose errors end the demo."""
     import openai  # takes seconds, so only once it is needed
 
     try:
-        return _ask_all(openai, url)
+        yield openai.OpenAI(
+            base_url=f"{url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=timeout_s,
+            http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy
+        )
     except openai.OpenAIError as error:
         raise DemoError(f"A request failed: {error}") from error
 
 
-def _ask_all(openai: ModuleType, url: str) -> bool:
-    client = openai.OpenAI(
-        base_url=f"{url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=300,
-        http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy
-    )
+def ask_all(url: str) -> bool:
+    """Asks with every budget and prints what came back; whether all was right."""
+    with client_of(url, 300) as client:
+        return _ask_all(client)
+
+
+def _ask_all(client: Any) -> bool:
+    import openai
+
     print("Warming up: one request with a budget and one without, on another prompt,")
     print("so that the times below are comparable.")
     for budget in (BUDGETS[-1], None):
@@ -408,29 +416,44 @@ def _ask_all(openai: ModuleType, url: str) -> bool:
     return refused and all(row.as_expected for row in rows)
 
 
-def main() -> int:
-    """Runs the demo; the exit status."""
+def serve_and_ask(
+    command: Sequence[str], url: str, ask_all: Callable[[str], bool]
+) -> bool:
+    """What ``ask_all`` says of the server at ``url``, which is up for as long."""
+    env = serve_environment(os.environ, is_cpu_build())
+    with Server(command, env, url) as server:
+        try:
+            return ask_all(url)
+        except DemoError as error:
+            raise DemoError(f"{server.log_tail()}\n{error}") from error
+
+
+def end_of(run: Callable[[], bool], good: str, bad: str) -> int:
+    """Runs a demo and prints which of the two it came to; the exit status."""
     # As Ctrl-C does: end through the `finally` blocks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = serve_command(port)
-    env = serve_environment(os.environ, is_cpu_build())
-    print(f"Starting: vllm serve {MODEL.name} --kv-policy asl ...", flush=True)
     try:
-        with Server(command, env, url) as server:
-            try:
-                ok = ask_all(url)
-            except DemoError as error:
-                raise DemoError(f"{server.log_tail()}\n{error}") from error
+        ok = run()
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except DemoError as error:
         print(error, file=sys.stderr)
         return 1
-    print("\nAll as expected." if ok else "\nNOT as expected; see above.")
+    print(f"\n{good if ok else bad}")
     return 0 if ok else 1
+
+
+def run() -> bool:
+    """Serves the small model and asks it; whether all was right."""
+    port = free_port()
+    print(f"Starting: vllm serve {MODEL.name} --kv-policy asl ...", flush=True)
+    return serve_and_ask(serve_command(port), f"http://127.0.0.1:{port}", ask_all)
+
+
+def main() -> int:
+    """Runs the demo; the exit status."""
+    return end_of(run, "All as expected.", "NOT as expected; see above.")
 
 
 if __name__ == "__main__":

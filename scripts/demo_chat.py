@@ -9,8 +9,6 @@ another. A model this small is often wrong: what is to be seen is what a budget 
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import textwrap
 import time
@@ -116,53 +114,34 @@ def ask(client: Any, text: str, budget: int | None) -> Answer:
 
 def ask_all(url: str) -> bool:
     """Prints the answers; whether each budget was kept to."""
-    import openai  # takes seconds, so only once it is needed
-
-    client = openai.OpenAI(
-        base_url=f"{url}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=600,
-        http_client=openai.DefaultHttpxClient(trust_env=False),  # no proxy
-    )
     text = TEXT.read_text()
     print(f"Text: {TEXT.name}, {len(text.split())} words. Question: {QUESTION}")
-    try:
+    with demo.client_of(url, 600) as client:
         for budget in (BUDGETS[-1], None):  # warms up, so that times compare
             ask(client, text[: len(text) // 4], budget)
         answers = []
         for budget in BUDGETS:
             print(f"  asking with kv_budget {budget} ...", flush=True)
             answers.append(ask(client, text, budget))
-    except openai.OpenAIError as error:
-        raise DemoError(f"A request failed: {error}") from error
     print(f"\n{side_by_side(answers)}")
     return all(a.budget is None or a.kept_tokens <= a.budget for a in answers)
 
 
-def main() -> int:
-    """Runs the demo; the exit status."""
-    # As Ctrl-C does: end through the `finally` blocks.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def run() -> bool:
+    """Serves the model and asks it; whether each budget was kept to."""
     try:
         model = real_model.fetch()
-        print(f"Model: {model}")
-        port = demo.free_port()
-        url = f"http://127.0.0.1:{port}"
-        env = demo.serve_environment(os.environ, demo.is_cpu_build())
-        with demo.Server(serve_command(model, port), env, url) as server:
-            try:
-                ok = ask_all(url)
-            except DemoError as error:
-                raise DemoError(f"{server.log_tail()}\n{error}") from error
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (DemoError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print("\nEvery budget was kept to." if ok else "\nA budget was NOT kept to.")
-    return 0 if ok else 1
+    except RuntimeError as error:
+        raise DemoError(str(error)) from error
+    print(f"Model: {model}")
+    port = demo.free_port()
+    url = f"http://127.0.0.1:{port}"
+    return demo.serve_and_ask(serve_command(model, port), url, ask_all)
+
+
+def main() -> int:
+    """Runs the demo; the exit status."""
+    return demo.end_of(run, "Every budget was kept to.", "A budget was NOT kept to.")
 
 
 if __name__ == "__main__":
