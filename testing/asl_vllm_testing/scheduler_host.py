@@ -25,8 +25,9 @@ from asl_vllm.engine.connector import AslConnector
 from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.kv_spec import in_bands, prunable
 from asl_vllm.engine.messages import StepOrders, StepReports
+from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.engine.scheduler.state import engine_state
-from asl_vllm.engine.settings import settings_of
+from asl_vllm.engine.settings import Settings, settings_of
 from asl_vllm.prefill import Bands, PrefillReport
 from asl_vllm_testing.moved import get_kv_cache_groups
 from asl_vllm_testing.vllm_configs import engine_config
@@ -39,6 +40,32 @@ BUDGET = 100
 KEPT = 69
 """The largest k of at most 100 for which N - k is whole blocks."""
 REPORT = PrefillReport(3, 1000, 2000, 0.1)
+
+
+def planned_request(
+    settings: Settings,
+    name: str,
+    prompt: list[int],
+    given: dict[str, Any],
+    *,
+    salt: str | None = None,
+    **sampling: Any,
+) -> tuple[Request, PrunePlan | None]:
+    """As it comes to the scheduler, with the plan that these fields make, if any."""
+    params = SamplingParams(**sampling)
+    params.update_from_generation_config({}, None)
+    plan = plan_request(settings, given, len(prompt))
+    if plan:
+        plan.send_with(params)
+    request = Request(
+        request_id=name,
+        prompt_token_ids=list(prompt),
+        sampling_params=params,
+        pooling_params=None,
+        cache_salt=salt,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+    return request, plan
 
 
 @dataclass
@@ -70,9 +97,6 @@ class Host:
         policy: str | None = None,
         **sampling: Any,
     ) -> Request:
-        sampling = {"max_tokens": 4, **sampling}
-        params = SamplingParams(**sampling)
-        params.update_from_generation_config({}, None)
         asked = {
             "kv_budget": budget,
             "kv_shallow": shallow,
@@ -80,16 +104,13 @@ class Host:
             "kv_policy": policy,
         }
         given = {name: value for name, value in asked.items() if value is not None}
-        plan = plan_request(settings_of(self.scheduler.vllm_config), given, tokens)
-        if plan:
-            plan.send_with(params)
-        request = Request(
-            request_id=name,
-            prompt_token_ids=[7] * tokens,
-            sampling_params=params,
-            pooling_params=None,
-            cache_salt=salt,
-            block_hasher=get_request_block_hasher(BLOCK, sha256),
+        request, _ = planned_request(
+            settings_of(self.scheduler.vllm_config),
+            name,
+            [7] * tokens,
+            given,
+            salt=salt,
+            **{"max_tokens": 4, **sampling},
         )
         self.scheduler.add_request(request)
         return request

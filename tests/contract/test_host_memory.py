@@ -14,19 +14,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import (
     MultiConnector,
 )
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_offload.cpu.gpu_worker import SingleDirectionOffloadingHandler
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
-from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.multi_connector import AslMultiConnector
 from asl_vllm.engine.scheduler.integrity import check_integrity
 from asl_vllm.engine.settings import settings_of
 from asl_vllm_testing.host_memory import host_memory
 from asl_vllm_testing.pretend import VOCABULARY, PretendWorker, Script
-from asl_vllm_testing.scheduler_host import BLOCK, make_host
+from asl_vllm_testing.scheduler_host import BLOCK, make_host, planned_request
 
 POOL = 20
 DOCUMENT = [random.Random(1).randrange(VOCABULARY) for _ in range(15 * BLOCK)]
@@ -66,23 +62,12 @@ class Server:
     def add(self, name: str, prompt: list[int], budget: int | None = None) -> None:
         given = {"kv_budget": budget} if budget else {}
         settings = settings_of(self.scheduler.vllm_config)
-        planned = plan_request(settings, given, len(prompt))
-        params = SamplingParams(max_tokens=3, ignore_eos=True)
-        params.update_from_generation_config({}, None)
-        pruned = 0
-        if planned:
-            planned.send_with(params)
-            pruned = planned.pruned_tokens
-        self.worker.scripts[name] = Script(name, prompt, 3, pruned)
-        self.scheduler.add_request(
-            Request(
-                request_id=name,
-                prompt_token_ids=list(prompt),
-                sampling_params=params,
-                pooling_params=None,
-                block_hasher=get_request_block_hasher(BLOCK, sha256),
-            )
+        request, plan = planned_request(
+            settings, name, prompt, given, max_tokens=3, ignore_eos=True
         )
+        pruned = plan.pruned_tokens if plan else 0
+        self.worker.scripts[name] = Script(name, prompt, 3, pruned)
+        self.scheduler.add_request(request)
 
     def step(self) -> None:
         step = self.scheduler.schedule()

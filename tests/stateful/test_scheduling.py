@@ -22,22 +22,18 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
-from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.scheduler.integrity import check_integrity
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.selection.budget import minimum_budget
 from asl_vllm_testing.pretend import VOCABULARY, PretendWorker, Script
-from asl_vllm_testing.scheduler_host import BLOCK, make_host
+from asl_vllm_testing.scheduler_host import BLOCK, make_host, planned_request
 
 POOL = 14
 """Blocks, the null one included: a few requests outgrow it."""
@@ -117,28 +113,18 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         prompt = FAMILIES[family][:length]
         given = {} if budget is None else {"kv_budget": budget}
-        plan = plan_request(self.settings, given, length)
+        request, plan = planned_request(
+            self.settings, name, prompt, given, max_tokens=max_tokens, ignore_eos=True
+        )
         self._count += 1
         pruned = plan.pruned_tokens if plan else 0
         # One that fails has a twin only where that one fails too.
         fails = fails and pruned > 0 and not self._twins(prompt, pruned)
         script = Script(name, prompt, max_tokens, pruned, fails)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        params.update_from_generation_config({}, None)
-        if plan:
-            plan.send_with(params)
         self.worker.scripts[name] = script
         self.arrived.append(name)
         self.answers[name] = []
-        self.scheduler.add_request(
-            Request(
-                request_id=name,
-                prompt_token_ids=list(prompt),
-                sampling_params=params,
-                pooling_params=None,
-                block_hasher=get_request_block_hasher(BLOCK, sha256),
-            )
-        )
+        self.scheduler.add_request(request)
 
     @precondition(lambda self: self._pruned())
     @rule(pick=st.integers(0, 1000), count=st.integers(1, 4), most=st.integers(1, 70))
