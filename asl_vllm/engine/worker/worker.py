@@ -59,7 +59,8 @@ class PrefillWorkerMixin:
         # Here and not at the first request, which would wait for their imports.
         installed_policies()
         model = self.model_runner.get_model()
-        check_attention(attention_layers(model))
+        attentions = attention_layers(model)
+        check_attention(attentions)
         self._prefill_spec = one_spec(self.model_runner.get_kv_cache_spec())
         settings = settings_of(self.vllm_config)
         capacity, config = settings.prefill_capacity, settings.config
@@ -73,10 +74,8 @@ class PrefillWorkerMixin:
             packed=most_packed(settings.chunk_tokens, config.window),
             host_chunk=settings.chunk_tokens if on_host else None,
         )
-        impl = attention_layers(model)[0].impl
-        self._scratch = ScratchPages(
-            scratch_spec(self._prefill_spec, impl), capacity, self.device
-        )
+        spec = scratch_spec(self._prefill_spec, attentions[0].impl)
+        self._scratch = ScratchPages(spec, capacity, self.device)
         logger.info("asl_vllm: policy %s; %s", config.policy, self._memory_line())
 
     def _memory_line(self) -> str:
