@@ -34,6 +34,16 @@ def run_shell(script: str, url: str) -> str:
     return ran.stdout
 
 
+def names_in(value: Any) -> set[str]:
+    """The names of all fields of a reply, with the way to each."""
+    if isinstance(value, dict):
+        inner = {f"{name}.{way}" for name in value for way in names_in(value[name])}
+        return {*value, *inner}
+    if isinstance(value, list):
+        return {way for one in value for way in names_in(one)}
+    return set()
+
+
 def assert_within(part: Any, whole: Any) -> None:
     """Every key and item of ``part`` is in ``whole``; "..." stands for any value."""
     if part == "...":

@@ -10,7 +10,7 @@ import pytest
 
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import Server
-from tests.e2e.documents import assert_within, run_shell, shell_examples
+from tests.e2e.documents import assert_within, names_in, run_shell, shell_examples
 
 REPOSITORY = Path(__file__).parents[2]
 README, API_DOCUMENT = REPOSITORY / "README.md", REPOSITORY / "docs" / "api.md"
@@ -34,6 +34,11 @@ def test_the_commands_print_what_the_readme_says(wheel_server: Server) -> None:
         printed = run_shell(command, server.url)
         assert expected is not None, "the README shows no reply to this"
         assert_within(json.loads(expected), json.loads(printed))
+        # It shows the whole reply of a request, and a part of the stats.
+        whole = "/v1/completions" in command
+        assert not whole or names_in(json.loads(expected)) == names_in(
+            json.loads(printed)
+        )
     page = server.http.get("/kv")
     assert page.status_code == 200
     assert "vllm:asl_requests_total" in server.http.get("/metrics").text

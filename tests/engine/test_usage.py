@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from asl_vllm.engine.frontend import usage
 from asl_vllm.engine.frontend.usage import RequestUsage, collect
 from asl_vllm.engine.result import PromptResult
+from asl_vllm_testing import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +154,11 @@ def test_requests_side_by_side_do_not_mix() -> None:
         return await asyncio.gather(request(5), request(7))
 
     assert asyncio.run(both()) == [5, 7]
+
+
+def test_the_document_explains_every_number() -> None:
+    document = (ROOT / "docs" / "api.md").read_text("utf-8")
+    _, _, table = document.partition("| Key | Meaning |\n|---|---|\n")
+    explained = re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], re.M)
+    names = [field.name for field in fields(PromptResult)]
+    assert explained == [name for name in names if name != "policy"]
