@@ -43,11 +43,13 @@ def test_prometheus_scrapes_and_evaluates_the_rules(
     ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        asked = "sum(vllm:asl_requests_total)"
-        total = _until(
-            lambda: _query(address, f"query?query={asked}")["result"], seconds=30
-        )
-        assert float(total[0]["value"][1]) >= 1
+        # Its port is open before its data can be asked for: 503 until then.
+        _until(lambda: _get(address, "-/ready").is_success, seconds=30)
+        prompt = "the sky is blue . " * 40
+        body = {"model": "small", "prompt": prompt, "max_tokens": 1, "kv_budget": 64}
+        wheel_server.http.post("/v1/completions", json=body).raise_for_status()
+        asked = "sum(vllm:asl_requests_total) > 0"
+        _until(lambda: _query(address, f"query?query={asked}")["result"], seconds=30)
         (group,) = _until(
             lambda: [
                 group
@@ -64,8 +66,12 @@ def test_prometheus_scrapes_and_evaluates_the_rules(
         process.wait(timeout=20)
 
 
+def _get(address: str, path: str) -> httpx.Response:
+    return httpx.get(f"http://{address}/{path}", trust_env=False)
+
+
 def _query(address: str, path: str) -> Any:
-    reply = httpx.get(f"http://{address}/api/v1/{path}", trust_env=False)
+    reply = _get(address, f"api/v1/{path}")
     reply.raise_for_status()
     return reply.json()["data"]
 
