@@ -37,10 +37,10 @@ from asl_vllm.engine.patching import (
 )
 from asl_vllm.selection.budget import shown
 
-BODY = "in the body and in its `vllm_xargs`"
-PARAMETERS = "in `sampling_params.extra_args`; in the body they are refused"
-NOWHERE = "nowhere: they are refused. The server's default budget holds"
-WHOLE_PROOF = "`usage.kv_cache`, `X-KV-*` headers, `kv_transfer_params`"
+BODY = "body or `vllm_xargs`"
+PARAMETERS = "`sampling_params.extra_args`"
+NOWHERE = "nowhere: refused"
+WHOLE_PROOF = "`usage.kv_cache`, `X-KV-*`, `kv_transfer_params`"
 
 
 @dataclass(frozen=True)
@@ -74,44 +74,43 @@ APIS: tuple[Api, ...] = (
         "/v1/chat/completions/batch",
         "vllm.entrypoints.openai.chat_completion.protocol.BatchChatCompletionRequest",
         BODY,
-        "`usage.kv_cache`, the sum over the conversations; `X-KV-*` headers",
+        "`usage.kv_cache` (sum of the conversations), `X-KV-*`",
     ),
     Api(
         "/v1/responses",
         "vllm.entrypoints.openai.responses.protocol.ResponsesRequest",
         BODY,
-        "`usage.kv_cache`, also of background and stored responses; `X-KV-*` headers, "
-        "but for those",
+        "`usage.kv_cache` (background, stored too), `X-KV-*`",
     ),
     Api(
         "/v1/messages",
         "vllm.entrypoints.anthropic.protocol.AnthropicMessagesRequest",
         BODY,
-        "`usage.kv_cache`, `X-KV-*` headers",
+        "`usage.kv_cache`, `X-KV-*`",
     ),
     Api(
         "/v1/completions/render, /v1/chat/completions/render, /v1/responses/render, "
         "/v1/messages/render",
         None,
-        f"{BODY}, and handed on in `sampling_params.extra_args`",
-        "none: nothing is generated",
+        f"{BODY}; handed on in {PARAMETERS}",
+        "none",
     ),
     Api(
         "/inference/v1/generate",
         "vllm.entrypoints.scale_out.token_in_token_out.protocol.GenerateRequest",
         PARAMETERS,
-        "`X-KV-*` headers, `kv_transfer_params`",
+        "`X-KV-*`, `kv_transfer_params`",
         (
             "vllm.entrypoints.scale_out.token_in_token_out.serving.ServingTokens",
             "serve_tokens",
         ),
     ),
-    Api("/invocations", None, "as the endpoint that the body is of", "as there"),
+    Api("/invocations", None, "as the endpoint of the body", "as there"),
     Api(
         "/generative_scoring",
         "vllm.entrypoints.generate.generative_scoring.serving.GenerativeScoringRequest",
         NOWHERE,
-        "`X-KV-*` headers",
+        "`X-KV-*`",
         (
             "vllm.entrypoints.generate.generative_scoring.serving"
             ".ServingGenerativeScoring",
@@ -123,7 +122,7 @@ APIS: tuple[Api, ...] = (
         "vllm.entrypoints.generate.structured_decisions.protocol"
         ".StructuredDecisionRequest",
         NOWHERE,
-        "`X-KV-*` headers",
+        "`X-KV-*`",
         (
             "vllm.entrypoints.generate.structured_decisions.serving"
             ".ServingStructuredDecisions",
@@ -131,24 +130,23 @@ APIS: tuple[Api, ...] = (
         ),
     ),
     # Nothing of it is touched: its own model refuses fields that it does not know.
-    Api("/v1/decisions", None, NOWHERE, "`X-KV-*` headers. Since vLLM 0.33"),
+    Api("/v1/decisions", None, NOWHERE, "`X-KV-*`"),
     Api(
         "`vllm run-batch`",
         None,
-        "in each line's body, as the endpoint of its `url`",
-        "`usage.kv_cache` in each line",
+        "each line, as the endpoint of its `url`",
+        "`usage.kv_cache`",
     ),
     Api(
         "`LLM` and `AsyncLLM` in Python",
         None,
-        "in `SamplingParams.extra_args`",
-        "`kv_transfer_params` of the output",
+        "`SamplingParams.extra_args`",
+        "`kv_transfer_params`",
     ),
     Api(
         "gRPC (`--grpc`)",
         None,
-        "nowhere: its messages have no place for them. The server's default budget "
-        "holds",
+        "nowhere",
         "none",
     ),
 )
@@ -189,7 +187,7 @@ def install() -> None:
 
 def table() -> str:
     """The endpoints as a Markdown table."""
-    rows = ["| Endpoint | `kv_*` fields are read | Proof |", "|---|---|---|"]
+    rows = ["| Endpoint | `kv_*` fields read in | Proof |", "|---|---|---|"]
     for api in APIS:
         paths = ", ".join(
             f"`{path}`" if path.startswith("/") else path
@@ -224,7 +222,9 @@ def _declare(model: type, *, read: bool) -> None:
         for field in missing:
             info: FieldInfo = Field(  # type: ignore[assignment]
                 default=None,
-                description=field.description if read else f"Read {PARAMETERS}.",
+                description=field.description
+                if read
+                else f"Read in {PARAMETERS} only.",
                 json_schema_extra=field.schema,
             )
             # Any, so that one validation judges values as they were sent.
