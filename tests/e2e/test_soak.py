@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from asl_vllm_testing.harness import Engine, engine
-from tests.soak.load import ENGINE, FAULTS, Item, Report, Soak, catalogue
+from tests.soak.items import Item, catalogue
+from tests.soak.load import ENGINE, FAULTS, Soak
+from tests.soak.report import Report
 
 SECONDS = 15
 
@@ -38,7 +41,7 @@ def test_mixed_load_and_faults(host: Engine, items: list[Item]) -> None:
 def test_a_wrong_answer_and_a_lost_block_are_reported(
     host: Engine, items: list[Item]
 ) -> None:
-    other = [Item(i.prompt, i.budget, [*i.answer[1:], 0]) for i in items]
+    other = [replace(item, answer=[*item.answer[1:], 0]) for item in items]
     report = Soak(host, other, seed=2).run(3)
     assert not report.ok
     assert "expected" in str(report)

@@ -38,7 +38,8 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from asl_vllm_testing.harness import engine
     from asl_vllm_testing.random_model import RANDOM_SHAPE, write_random_model
-    from tests.soak.load import ENGINE, Soak, catalogue
+    from tests.soak.items import catalogue
+    from tests.soak.load import ENGINE, Soak
 
     # Each injected error would be logged with its traceback.
     logging.getLogger("asl_vllm.prefill.queue").setLevel(logging.CRITICAL)

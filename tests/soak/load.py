@@ -1,41 +1,33 @@
-"""The load, the faults and the accounts of a soak run, over an in-process engine."""
+"""The load and the faults of a soak run, over an in-process engine."""
 
 from __future__ import annotations
 
 import os
 import random
 import time
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput
 from vllm.v1.engine.core import EngineCore
 
 from asl_vllm.engine.scheduler.integrity import IntegrityError
-from asl_vllm.selection.budget import resolve_kept
-from asl_vllm_testing.harness import BLOCK, Engine, Running, add
-from asl_vllm_testing.oracle.asl import generate
-from asl_vllm_testing.oracle.model import TinyDecoder
+from asl_vllm.prefill.pack import Pack
+from asl_vllm_testing.harness import Engine
 from asl_vllm_testing.poison import poison_unowned
+from tests.soak.items import MAX_TOKENS, RULE, Item
+from tests.soak.report import Report
 
-POOL_TOKENS = 1024
-RULE: dict[str, Any] = {
-    "window": 16,
-    "pool_kernel": 7,
-    "l_min": 2,
-    "l_obs": 3,
-    "tau": 0.6,
-}
+POOL_TOKENS = 1536
 ENGINE: dict[str, Any] = {
     "policy": {"policy": "asl", "check_integrity": True, **RULE},
     "pool_tokens": POOL_TOKENS,
-    "max_num_batched_tokens": 256,
+    "max_num_batched_tokens": 512,
 }
-MAX_TOKENS = 24
-MOST_AT_ONCE = 12
+MOST_AT_ONCE = 8
 REST_EVERY = 100
 """Requests after which all are awaited and the pool must be whole."""
 STUCK_STEPS = 3000
@@ -46,78 +38,19 @@ FAULTS = (
 
 
 @dataclass
-class Item:
-    """A prompt and a budget, and what the oracle answers to them."""
+class Asked:
+    """A request that has not ended."""
 
-    prompt: list[int]
-    budget: int | None
-    answer: list[int]
-    stop: str | None = None
-    """Text that ends the answer."""
+    item: Item
+    samples: int
+    reads: bool
+    internal: str
+    """The id that the engine gave it."""
+    ended: dict[int, CompletionOutput] = field(default_factory=dict)
 
-
-def stopped(item: Item, place: int) -> Item:
-    """The same question, to be ended by the word of the answer's token at ``place``."""
-    words = [f"w{token}" for token in item.answer]
-    end = next(i for i, word in enumerate(words) if words[place] in word)
-    return Item(item.prompt, item.budget, item.answer[: end + 1], words[place])
-
-
-def catalogue(
-    model: Path, items: int, *, longest: int = 1500, seed: int = 0
-) -> list[Item]:
-    """Prompts of which many share beginnings; answers in plain fp32 PyTorch."""
-    rng = random.Random(seed)
-    oracle = TinyDecoder.load(model)
-    beginnings = [[rng.randrange(4, 512) for _ in range(400)] for _ in range(4)]
-    made = []
-    for number in range(items):
-        budget = None if number % 3 == 0 else rng.randrange(48, 300)
-        most = (500 if budget is None else longest) - 400
-        own = [rng.randrange(4, 512) for _ in range(rng.randrange(20, most))]
-        prompt = rng.choice(beginnings)[: rng.randrange(400)] + own
-        kept = resolve_kept(
-            budget,
-            num_prompt_tokens=len(prompt),
-            block_size=BLOCK,
-            window=RULE["window"],
-        )
-        truth = generate(oracle, prompt, kept=kept, max_tokens=MAX_TOKENS, **RULE)
-        made.append(Item(prompt, budget, truth.tokens))
-    return made
-
-
-@dataclass
-class Report:
-    """What a run did and what went wrong; `ok` when nothing did."""
-
-    asked: Counter[str] = field(default_factory=Counter)
-    ended: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    steps: int = 0
-    preempted: int = 0
-    leaked: int = 0
-    wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not self.wrong and not self.leaked and self.ended["right"] > 0
-
-    def __str__(self) -> str:
-        def table(counts: Counter[str]) -> str:
-            return ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
-
-        lines = [
-            f"time    {self.seconds / 60:.1f} minutes, {self.steps} steps",
-            f"load    {table(self.asked)}",
-            f"ended   {table(self.ended)}",
-            f"faults  {table(self.faults)}; requests preempted {self.preempted}",
-            f"wrong   {len(self.wrong)}",
-            f"leaked  {self.leaked}",
-            *self.wrong[:20],
-        ]
-        return "\n".join(lines)
+    def id_of(self, sample: int) -> str:
+        """The scheduler's name of a sample."""
+        return self.internal if self.samples == 1 else f"{sample}_{self.internal}"
 
 
 class Soak:
@@ -128,7 +61,8 @@ class Soak:
         self._host = host
         self._items = items
         self._rng = random.Random(seed)
-        self._live: dict[str, tuple[Running, Item]] = {}
+        self._last = 0
+        self._live: dict[str, Asked] = {}
         self._victims: set[str] = set()
         self._armed: BaseException | str | None = None
         self._preempted: set[str] = set()
@@ -152,51 +86,89 @@ class Soak:
         for _ in range(self._rng.randrange(3)):
             if len(self._live) >= MOST_AT_ONCE:
                 return
-            item = self._rng.choice(self._items)
+            item = self._choose()
             place = self._rng.randrange(MAX_TOKENS)
             # The first four tokens of the vocabulary have no words.
             if self._rng.random() < 0.3 and item.answer[place] >= 4:
-                item = stopped(item, place)
-            # Of one length: a live request is found by the beginning of its id.
-            name = f"soak{self.report.asked.total():08d}"
-            request = add(
-                self._host,
-                name,
-                item.prompt,
-                budget=item.budget,
-                max_tokens=MAX_TOKENS,
-                stop=item.stop,
-            )
-            self._live[name] = (request, item)
+                item = item.stopped(place)
+            samples = self._rng.choice((1, 1, 1, 3))
+            reads = item.budget is not None and self._rng.random() < 0.5
+            self._add(f"soak{self.report.asked.total()}", item, samples, reads)
             self.report.asked["pruned" if item.budget else "full attention"] += 1
             self.report.asked["to a stop string"] += item.stop is not None
+            self.report.asked["of several samples"] += samples > 1
+            self.report.asked["reading prefixes"] += reads
+
+    def _choose(self) -> Item:
+        """Often one of the next to the last: the same again, or one that begins so."""
+        count = len(self._items)
+        near = self._rng.random() < 0.5
+        step = self._rng.randrange(3) if near else self._rng.randrange(count)
+        self._last = (self._last + step) % count
+        return self._items[self._last]
+
+    def _add(self, name: str, item: Item, samples: int, reads: bool) -> None:
+        # vLLM refuses several samples at temperature 0. Of one token to choose from the
+        # samples are equal too.
+        greedy = {"temperature": 0} if samples == 1 else {"n": samples, "top_k": 1}
+        params = SamplingParams(
+            **greedy,
+            max_tokens=MAX_TOKENS,
+            ignore_eos=True,
+            stop=item.stop,
+            extra_args={
+                "kv_budget": item.budget,
+                "kv_reuse": "read" if reads else "none",
+            },
+        )
+        prompt: Any = {"prompt_token_ids": list(item.prompt)}
+        internal = self._host.llm.llm_engine.add_request(name, prompt, params)
+        self._live[name] = Asked(item, samples, reads, internal)
 
     def _step(self) -> None:
         self.report.steps += 1
         for output in self._host.llm.llm_engine.step():
-            if output.finished and output.request_id in self._live:
-                request, item = self._live.pop(output.request_id)
-                self._judge(request, item, output.outputs[0])
+            asked = self._live.get(output.request_id)
+            if asked is None:
+                continue
+            for sample in output.outputs:
+                if sample.finished():
+                    asked.ended[sample.index] = sample
+                    self._judge(output.request_id, asked, sample)
+                    if sample.finish_reason != "error":
+                        self._check_report(asked, output.kv_transfer_params)
+            if len(asked.ended) == asked.samples:
+                del self._live[output.request_id]
         for request in self._host.scheduler.requests.values():
             if request.num_preemptions:
                 self._preempted.add(request.request_id)
         self.report.preempted = len(self._preempted)
 
-    def _judge(self, request: Running, item: Item, got: Any) -> None:
-        if request.request_id in self._victims:
+    def _judge(self, name: str, asked: Asked, got: CompletionOutput) -> None:
+        item, said = asked.item, list(got.token_ids)
+        if asked.id_of(got.index) in self._victims:
             # After a preemption the prompt is pruned again, and that may fail too.
-            said = list(got.token_ids)
             right = got.finish_reason == "error" and said == item.answer[: len(said)]
             self.report.ended["failed as injected"] += right
         else:
-            right = list(got.token_ids) == item.answer
+            right = said == item.answer
             self.report.ended["right"] += right
         if not right:
             self.report.wrong.append(
-                f"{request.external_id}: budget {item.budget}, prompt of "
-                f"{len(item.prompt)}: {got.finish_reason} {list(got.token_ids)}, "
-                f"expected {item.answer}"
+                f"{name}, sample {got.index}, reads {asked.reads}: budget "
+                f"{item.budget}, prompt of {len(item.prompt)}: {got.finish_reason} "
+                f"{said}, expected {item.answer}"
             )
+
+    def _check_report(self, asked: Asked, told: dict[str, Any] | None) -> None:
+        """What the reply says, however the request ended."""
+        pruned = told["pruned_tokens"] if told else 0
+        if pruned != asked.item.pruned_tokens:
+            self.report.wrong.append(f"{asked.internal}: pruned {pruned}")
+        if told and pruned:
+            shared, read = told["shared_prefills"], told["reused_tokens"]
+            how = "from a twin" if shared else "over a prefix" if read else "alone"
+            self.report.prefills[how] += 1
 
     def _rest(self) -> None:
         """Waits for all, then the pool must be whole."""
@@ -221,9 +193,7 @@ class Soak:
         self.report.faults[kind] += 1
         scheduler = self._host.scheduler
         if kind == "abort" and self._live:
-            name = self._rng.choice(list(self._live))
-            request, _ = self._live.pop(name)
-            self._host.llm.llm_engine.abort_request([request.request_id], internal=True)
+            self._hang_up(self._rng.choice(list(self._live)))
             self.report.ended["aborted"] += 1
         elif kind == "error":
             self._armed = RuntimeError("injected")
@@ -252,6 +222,11 @@ class Soak:
         core: EngineCore = self._host.llm.llm_engine.engine_core.engine_core
         return core
 
+    def _hang_up(self, name: str) -> Asked:
+        asked = self._live.pop(name)
+        self._host.llm.llm_engine.abort_request([name], internal=False)
+        return asked
+
     def _pause(self) -> None:
         """Nothing moves meanwhile, with caches cleared or kept."""
         self._core.pause_scheduler("keep", clear_cache=self._rng.random() < 0.5)
@@ -264,32 +239,30 @@ class Soak:
 
     def _retry(self, name: str) -> None:
         """A client hangs up and asks again at once, under the same internal id."""
-        request, item = self._live.pop(name)
-        same = request.request_id
-        self._host.llm.llm_engine.abort_request([same], internal=True)
-        self._victims.discard(same)
+        asked = self._hang_up(name)
+        for sample in range(asked.samples):
+            self._victims.discard(asked.id_of(sample))
         plain = {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
         with patch.dict(os.environ, plain):
-            again = add(
-                self._host,
-                same,
-                item.prompt,
-                budget=item.budget,
-                max_tokens=MAX_TOKENS,
-                stop=item.stop,
-            )
-        self._live[same] = (again, item)
+            self._add(asked.internal, asked.item, asked.samples, asked.reads)
 
     def _arm(self, model: Any) -> None:
         """The next pass, or the next sum of scores, fails once a fault is armed."""
         run_layer, sum_over_ranks = model.run_layer, model.sum_over_ranks
 
-        def failing_layer(*args: Any) -> None:
+        def failing_layer(layer: int, *args: Any) -> None:
+            running = self._host.queue._running
+            packed = isinstance(running, Pack)
+            if packed and layer == 0:
+                self.report.prefills["begun with others"] += len(running.prefills)
             if isinstance(self._armed, Exception):
                 error, self._armed = self._armed, None
-                self._victims.add(self._host.queue._running.job.request_id)
+                # Those of a pack run again, alone.
+                self.report.prefills["packs failed"] += packed
+                if not packed:
+                    self._victims.add(running.job.request_id)
                 raise error
-            run_layer(*args)
+            run_layer(layer, *args)
 
         def failing_sum(score: torch.Tensor) -> torch.Tensor:
             total: torch.Tensor = sum_over_ranks(score)
