@@ -80,6 +80,13 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             "--kv-bands with --disable-hybrid-kv-cache-manager",
             "drop one of the two",
         )
+    if vllm_config.observability_config.jit_monitor_mode == "error":
+        # Prefills at start-up have many kernels compiled, not all of all prompts.
+        yield (
+            "kernels that may be compiled when a prompt first needs them",
+            "--jit-monitor-mode error",
+            "use warn",
+        )
     yield from _memory_obstacles(vllm_config)
     if vllm_config.lora_config is not None:
         yield ("one set of weights", "--enable-lora", "drop it or merge the adapter")

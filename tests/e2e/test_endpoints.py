@@ -1,4 +1,8 @@
-"""Every endpoint that generates: fields are read, refused when wrong, and proved."""
+"""Every endpoint that generates: fields are read, refused when wrong, and proved.
+
+The server has a default budget and a length from the generation config, of which the
+clients know nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ import pytest
 from asl_vllm_testing.harness import TINY_MODEL
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
-from asl_vllm_testing.settings import SERVER_OPTIONS
+from asl_vllm_testing.settings import POOL_TOKENS, SERVER_OPTIONS
 
 QUESTION = needle(7, 600)
 MESSAGE = {"role": "user", "content": f"<s> {QUESTION.text}"}
@@ -29,13 +33,22 @@ BATCH, MESSAGES, RESPONSES = (
     "/v1/responses",
 )
 TOKENS = "/inference/v1/generate"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+LENGTH = 300
+DEFAULTS = (
+    *("--kv-budget", "0.25"),
+    *("--override-generation-config", json.dumps({"max_new_tokens": LENGTH})),
+)
+LONG = needle(8, 900)
+"""Together with so many tokens it does not fit the pool, unless it is pruned."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with serve(log, *SERVER_OPTIONS, "--enable-scale-out", **env) as started:
+    options = (*SERVER_OPTIONS, *DEFAULTS, "--enable-scale-out")
+    with serve(log, *options, **env) as started:
         yield started
 
 
@@ -150,6 +163,87 @@ def test_endpoints_that_read_no_field_refuse_them(server: Server) -> None:
         assert reply.status_code == 400, reply.text
         assert "kv_budget" in reply.text
     assert server.post("/generative_scoring", **scoring).status_code == 200
+
+
+def test_the_default_budget_holds_for_all(server: Server) -> None:
+    for path, body in (
+        (COMPLETIONS, {"prompt": QUESTION.text}),
+        (CHAT, {"messages": [MESSAGE]}),
+        (MESSAGES, {"messages": [MESSAGE]}),
+    ):
+        reply = post(server, path, **body)
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED), path
+        reply = post(server, path, **body, vllm_xargs={"kv_policy": "none"})
+        assert "x-kv-pruned-tokens" not in reply.headers, path
+
+
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {"echo": True, "logprobs": 1, "max_tokens": 1},
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"prompt_logprobs": 1},
+    ],
+    ids=["echo", "echo alone", "prompt_logprobs"],
+)
+def test_log_likelihoods_are_of_the_whole_prompt(
+    server: Server, scoring: dict[str, Any]
+) -> None:
+    """As evaluation harnesses ask for them; the default budget gives way."""
+    asked = {"prompt": [QUESTION.token_ids, needle(9, 300).token_ids], **scoring}
+    replies = [
+        post(server, COMPLETIONS, **asked, **more)
+        for more in ({}, {"kv_policy": "none"})
+    ]
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+        assert "kv_cache" not in reply.json()["usage"]
+        assert not [name for name in reply.headers if name.startswith("x-kv")]
+    mine, theirs = (reply.json() for reply in replies)
+    assert mine["choices"] == theirs["choices"]
+    # vLLM counts a token for each prompt where none was asked for.
+    assert mine["usage"] == theirs["usage"]
+    assert mine["usage"]["prompt_tokens"] == 900
+    found = mine["choices"][0]
+    if "echo" in scoring:
+        assert found["text"].startswith(f"<s> {QUESTION.text}")
+        found = found["logprobs"]["token_logprobs"]
+        assert len(found) == 600 + scoring["max_tokens"]
+    else:
+        found = found["prompt_logprobs"]
+        assert len(found) == 600
+    assert found[0] is None and None not in found[1:]
+    refused = post(server, COMPLETIONS, **asked, kv_budget=128)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "kv_budget"
+    assert "prompt_logprobs" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
+def test_a_length_that_nobody_sent_is_lowered(server: Server, path: str) -> None:
+    """The generation config's, and the 16 tokens of /v1/completions."""
+    text = LONG.text if path != COMPLETIONS else needle(8, POOL_TOKENS - 7).text
+    name = {CHAT: "messages", RESPONSES: "input"}.get(path, "prompt")
+    body = {name: [{"role": "user", "content": text}] if path == CHAT else text}
+    ends = {} if path == RESPONSES else {"ignore_eos": True}
+    reply = server.post(path, **body, **ends, temperature=0, kv_policy="none")
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]
+    if ends:
+        # The last one is never written to the cache.
+        assert usage["total_tokens"] == POOL_TOKENS + 1
+    # What is pruned leaves room for all of it.
+    reply = server.post(path, **body, **ends, temperature=0, kv_budget=128)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["kv_cache"]["pruned_tokens"] > 700
+    if ends:
+        length = 16 if path == COMPLETIONS else LENGTH
+        assert reply.json()["usage"]["completion_tokens"] == length
+    field = "max_output_tokens" if path == RESPONSES else "max_tokens"
+    reply = server.post(path, **body, kv_policy="none", **{field: LENGTH - 1})
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field
 
 
 def test_the_batch_runner(tmp_path: Path) -> None:

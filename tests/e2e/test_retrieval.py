@@ -52,6 +52,32 @@ def test_answers_as_with_full_attention(shipped: Engine) -> None:
         assert output.kv_transfer_params["freed_blocks"] == 61
 
 
+@pytest.mark.parametrize("sampling", [{}, {"n": 2, "temperature": 1, "top_k": 1}])
+def test_a_stop_string_is_an_end_like_any_other(
+    shipped: Engine, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    """`LLM` finds it and has the engine abort the request, whose report never comes."""
+    ended: list[str] = []
+    tally = shipped.scheduler.connector.scheduler_side.tally
+    count = tally.ended
+    monkeypatch.setattr(
+        tally, "ended", lambda policy, how: (ended.append(how), count(policy, how))
+    )
+    question = needle(1000, NUM_TOKENS)
+    whole = shipped.generate([question.token_ids], budget=BUDGET, max_tokens=4)
+    stop = question.answer_words[2]
+    (output,) = shipped.generate(
+        [question.token_ids], budget=BUDGET, max_tokens=8, stop=[stop], **sampling
+    )
+    before = question.answer_words[: question.answer_words.index(stop)]
+    for sample in output.outputs:
+        assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
+        assert sample.text.split() == before
+    assert output.kv_transfer_params == whole[0].kv_transfer_params
+    assert output.kv_transfer_params["kept_tokens"] == BUDGET
+    assert ended == ["pruned"] * (1 + len(output.outputs))
+
+
 def test_answers_computed_without_an_engine_are_the_same(shipped: Engine) -> None:
     """`benchmarks.accuracy.direct`, by which studies are made."""
     direct = DirectModel(str(SHIPPED_MODEL), NUM_TOKENS, POLICY["window"])

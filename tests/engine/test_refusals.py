@@ -179,6 +179,13 @@ REFUSED = [
         arguments={"offload_group_size": 2},
     ),
     Refused(
+        "Errors for late compilation",
+        needed="kernels that may be compiled when a prompt first needs them",
+        got="--jit-monitor-mode error",
+        remedy="use warn",
+        arguments={"jit_monitor_mode": "error"},
+    ),
+    Refused(
         "Expandable segments",
         needed="a KV connector",
         got="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",

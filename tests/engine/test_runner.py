@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
+from vllm.utils import gpu_sync_debug
 
 from asl_vllm.engine.messages import StepOrders
 from asl_vllm.engine.worker.runner import WorkerSide
@@ -95,3 +98,35 @@ def test_a_paused_step_runs_no_pass(side: WorkerSide) -> None:
     assert reported(side) == (set(), {})
     side.run(StepOrders())
     assert reported(side) == ({"a"}, {"a": 8})
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_passes_may_wait_for_the_device(
+    side: WorkerSide, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """With ``VLLM_GPU_SYNC_CHECK=error`` a step that does fails, and its requests."""
+
+    def wait() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    class Waiting(Queue):
+        def step(self, token_layers: int) -> list[PrefillOutcome]:
+            wait()
+            return super().step(token_layers)
+
+    monkeypatch.setattr(gpu_sync_debug, "_SYNC_CHECK_MODE", "error")
+    monkeypatch.setattr(gpu_sync_debug, "_sync_check_enabled", True)
+    side.queue = Waiting()  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        # What vLLM's check of a step does, but for what needs a GPU.
+        gpu_sync_debug._install_warning_hook()
+        token = gpu_sync_debug._checking.set("error")
+        try:
+            if inside:
+                side.run(StepOrders([job("a")], 8, set(), False))
+                assert side.take_results().finished_recving == {"a"}
+            else:
+                with pytest.raises(RuntimeError, match="sync detected"):
+                    wait()
+        finally:
+            gpu_sync_debug._checking.reset(token)
