@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from asl_server import page
+from asl_vllm import __version__
 
 NUM_LAYERS = 32
 BLOCK_SIZE = 32
@@ -34,7 +35,7 @@ POLICIES: dict[str, Any] = {
     "pool_tokens": 209696,
     "config": {"tau": 0.3},
     "model": "canned-8b",
-    "version": "0.1.0",
+    "version": __version__,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from asl_vllm import __version__
 from asl_vllm_testing import canned as answers
 
 NASTY = "<img src=x onerror=\"document.title='owned'\"> & <b>bold</b>"
@@ -31,7 +32,7 @@ def run_both(page, a: str, b: str, prompt: str = "the red key is") -> None:
 def test_pool_and_totals(page) -> None:
     state(page, "Live")
     expect(page.locator("#server")).to_have_text(
-        "canned-8b · policy asl · asl_vllm 0.1.0"
+        f"canned-8b · policy asl · asl_vllm {__version__}"
     )
     meter = page.get_by_role("meter", name="Pool in use")
     assert meter.get_attribute("aria-valuenow") == "21.5"  # 1412 of 6553 blocks
