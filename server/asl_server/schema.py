@@ -79,6 +79,12 @@ class Totals(BaseModel):
     pruned_tokens: int
     skipped_token_layers: int
     computed_token_layers: int
+    reused_tokens: int = Field(
+        description="Prompt tokens that prefills read from the prefix cache."
+    )
+    shared_prefills: int = Field(
+        description="Requests that took over another's prefill."
+    )
 
 
 class Stats(BaseModel):

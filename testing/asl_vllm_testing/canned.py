@@ -85,6 +85,8 @@ TOTALS = {
     "pruned_tokens": 38412288,
     "skipped_token_layers": 691421184,
     "computed_token_layers": 540934144,
+    "reused_tokens": 9437184,
+    "shared_prefills": 96,
 }
 
 BUSY: dict[str, Any] = {
@@ -97,6 +99,7 @@ BUSY: dict[str, Any] = {
                     state="decoding",
                     layer=NUM_LAYERS,
                     selection_layer=13,
+                    reused_tokens=24576,
                     blocks_held=71,
                 ),
                 request("chatcmpl-b3a64e1d57f2-0", layer=21, selection_layer=15),
@@ -145,6 +148,7 @@ PRUNED = {
     "pruned_tokens": 1536,
     "freed_blocks": 48,
     "skipped_token_layers": 27648,
+    "reused_tokens": 1024,
 }
 
 

@@ -438,6 +438,8 @@ def test_a_preempted_prompt_is_counted_once(host: Host) -> None:
         "pruned_tokens": PROMPT - KEPT,
         "skipped_token_layers": 4000,
         "computed_token_layers": 2000,
+        "reused_tokens": 0,
+        "shared_prefills": 0,
     }
 
 

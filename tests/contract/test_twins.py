@@ -101,6 +101,7 @@ def test_what_twins_report(host: Host) -> None:
     assert [s.num_cached_tokens for s in stats if s is not None] == [0, PROMPT - 1]
     totals = host.connector.scheduler_side.tally.totals
     assert (totals["requests"], totals["computed_token_layers"]) == (2, 700)
+    assert (totals["reused_tokens"], totals["shared_prefills"]) == (64, 1)
     assert [state[:2] for state in states(host)] == [
         ("a", "decoding"),
         ("b", "decoding"),

@@ -360,6 +360,8 @@ def test_stats_follow_requests_through_the_layers(pruning: Server) -> None:
         "pruned_tokens": report["pruned_tokens"],
         "skipped_token_layers": report["skipped_token_layers"],
         "computed_token_layers": 3 * 3000 * LAYERS - report["skipped_token_layers"],
+        "reused_tokens": 0,
+        "shared_prefills": 0,
     }
 
 

@@ -106,6 +106,8 @@ def test_each_api_server_answers_for_all(clients: list[httpx.Client]) -> None:
             "pruned_tokens": pruned,
             "skipped_token_layers": skipped,
             "computed_token_layers": computed,
+            "reused_tokens": 0,
+            "shared_prefills": 0,
         }
 
 

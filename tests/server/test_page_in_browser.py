@@ -42,6 +42,8 @@ def test_pool_and_totals(page) -> None:
     expect(page.locator("#total-requests")).to_have_text("1,284")
     # 691,421,184 of 1,232,355,328 token-layers
     expect(page.locator("#total-skipped")).to_have_text("56.1%")
+    expect(page.locator("#total-reused")).to_have_text("9,437,184")
+    expect(page.locator("#total-shared")).to_have_text("96")
 
 
 def test_bars_are_as_wide_as_the_figures_say(page) -> None:
@@ -71,6 +73,15 @@ def test_a_request_shows_its_layers_and_selection_layer(page) -> None:
             "img", name="21 of 32 layers done, tokens selected at layer 15"
         )
     ).to_be_visible()
+
+
+def test_a_request_shows_what_it_read_from_the_prefix_cache(page) -> None:
+    items = page.locator("#requests .progress")
+    expect(items.first).to_have_text(
+        "Prefilled, decoding · tokens selected at layer 13"
+        " · 24,576 tokens read from the prefix cache · 71 blocks held"
+    )
+    expect(items.nth(1)).not_to_contain_text("prefix cache")
 
 
 def test_figures_follow_the_server(page, canned) -> None:
@@ -184,7 +195,8 @@ def test_two_budgets_side_by_side(page, canned) -> None:
     expect(a).to_contain_text("A: server\N{RIGHT SINGLE QUOTATION MARK}s default")
     expect(a.locator(".answer")).to_have_text("7 3 9 1 .")
     facts = b.locator(".facts dd").all_inner_texts()
-    assert facts[1:] == ["2,008", "472", "48", "13", "27,648", "asl"]
+    assert facts[1:] == ["2,008", "472", "48", "13", "27,648", "1,024", "asl"]
+    assert a.locator(".facts dd").nth(6).inner_text() == "0"
     assert re.fullmatch(r"\d\.\d\d s", facts[0])
     first, second = (json.loads(body) for body in canned.bodies)
     assert (first["kv_budget"], second["kv_budget"]) == (None, 512)
@@ -192,7 +204,18 @@ def test_two_budgets_side_by_side(page, canned) -> None:
         assert body["model"] == "canned-8b"
         assert body["prompt"] == "the red key is"
         assert (body["max_tokens"], body["temperature"]) == (32, 0)
+        assert "kv_reuse" not in body
     assert first["cache_salt"] != second["cache_salt"]
+
+
+def test_the_second_may_read_what_the_first_left(page, canned) -> None:
+    state(page, "Live")
+    page.get_by_label("B may read what A left").check()
+    run_both(page, "", "512")
+    expect(page.locator("#compare-state")).to_have_text("Both answers are here.")
+    first, second = (json.loads(body) for body in canned.bodies)
+    assert first["kv_reuse"] == second["kv_reuse"] == "read"
+    assert first["cache_salt"] == second["cache_salt"]
 
 
 def test_one_point_zero_is_sent_as_it_was_typed(page, canned) -> None:
@@ -283,7 +306,7 @@ def test_the_keyboard_reaches_everything_in_order(page) -> None:
     page.reload()
     state(page, "Live")
     reached = []
-    for _ in range(7):
+    for _ in range(8):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate(
@@ -293,7 +316,8 @@ def test_the_keyboard_reaches_everything_in_order(page) -> None:
         outline = "getComputedStyle(document.activeElement).outlineStyle"
         assert page.evaluate(outline) != "none"
     assert reached == [
-        *("skip", "pause", "prompt", "budget-a", "budget-b", "max-tokens", "run")
+        *("skip", "pause", "prompt", "budget-a", "budget-b", "max-tokens", "run"),
+        "reuse",
     ]
 
 

@@ -116,6 +116,8 @@ class PruningTally:
             "pruned_tokens": 0,
             "skipped_token_layers": 0,
             "computed_token_layers": 0,
+            "reused_tokens": 0,
+            "shared_prefills": 0,
         }
 
     def prefilled(
@@ -128,6 +130,7 @@ class PruningTally:
         self._interval.add_prefill(report)
         self.totals["skipped_token_layers"] += report.skipped_token_layers
         self.totals["computed_token_layers"] += report.computed_token_layers
+        self.totals["reused_tokens"] += report.reused_tokens
         if not again:
             self._interval.add_pruned(plan, report)
             self._interval.add_reuse(reuse)
@@ -141,6 +144,7 @@ class PruningTally:
         self._interval.add_pruned(plan, report)
         self._interval.add_reuse("shared")
         self.totals["requests"] += 1
+        self.totals["shared_prefills"] += 1
         self.totals["pruned_tokens"] += plan.in_force(report.pruned_bands).pruned_tokens
 
     def ended(self, policy: str, outcome: str) -> None:

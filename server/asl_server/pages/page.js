@@ -160,6 +160,8 @@ function showStats(stats) {
   say($("total-requests"), whole.format(totals.requests ?? 0));
   say($("total-pruned"), whole.format(totals.pruned_tokens ?? 0));
   say($("total-skipped"), work ? percent.format(totals.skipped_token_layers / work) : "–");
+  say($("total-reused"), whole.format(totals.reused_tokens ?? 0));
+  say($("total-shared"), whole.format(totals.shared_prefills ?? 0));
 
   const several = stats.engines.length > 1;
   showRequests(stats.engines.flatMap((engine) =>
@@ -259,7 +261,8 @@ function updateRequest(item, request) {
       : `Prefilling, ${request.layer} of ${total} layers done`;
   const chosen = selection !== null ? `tokens selected at layer ${selection}`
     : request.layer >= total ? "no selection, each layer kept its own" : "not selected yet";
-  const text = `${progress} · ${chosen} · ${plural(request.blocks_held, "block")} held`;
+  const reused = request.reused_tokens ? ` · ${plural(request.reused_tokens, "token")} read from the prefix cache` : "";
+  const text = `${progress} · ${chosen}${reused} · ${plural(request.blocks_held, "block")} held`;
   say(item.querySelector(".progress"), text);
   layers.setAttribute("aria-label", `${request.layer} of ${total} layers done, ${chosen}`);
 }
@@ -301,17 +304,23 @@ function readForm() {
   if (!Number.isInteger(maxTokens) || maxTokens < 1 || maxTokens > 4096) {
     return complain($("max-tokens"), "New tokens: 1 to 4096.");
   }
-  return { prompt: $("prompt").value, budgets, maxTokens };
+  const reuse = $("reuse").checked;
+  return { prompt: $("prompt").value, budgets, maxTokens, reuse, salts: [newSalt(), newSalt()] };
 }
 
-function bodyOf({ prompt, maxTokens }, budget) {
+/** Prefixes are cached apart for each: those of others would spoil the times. */
+function newSalt() {
+  return Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join("");
+}
+
+function bodyOf({ prompt, maxTokens, reuse, salts }, budget, i) {
   const fields = {
     prompt,
     max_tokens: maxTokens,
     temperature: 0,
-    // A prefix that only this request knows: a cached one would spoil the times.
-    cache_salt: Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join(""),
+    cache_salt: salts[reuse ? 0 : i],
   };
+  if (reuse) fields.kv_reuse = "read";
   if (policies?.model) fields.model = policies.model;
   return `${JSON.stringify(fields).slice(0, -1)},"kv_budget":${budget}}`;
 }
@@ -329,7 +338,7 @@ async function compare(event) {
     say($("compare-state"), `Running ${side.toUpperCase()}, ${i + 1} of 2`);
     const panel = $(`result-${side}`);
     startResult(panel, side, form.budgets[i]);
-    outcomes.push(await runOne(panel, form, form.budgets[i]));
+    outcomes.push(await runOne(panel, form, form.budgets[i], i));
     if (outcomes.at(-1) === "stopped") break;
   }
   const word = outcomes.includes("stopped") ? "Stopped."
@@ -352,14 +361,14 @@ function startResult(panel, side, budget) {
   panel.hidden = false;
 }
 
-async function runOne(panel, form, budget) {
+async function runOne(panel, form, budget, i) {
   const started = performance.now();
   const answer = panel.querySelector(".answer");
   try {
     const reply = await call("v1/completions", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: bodyOf(form, budget),
+      body: bodyOf(form, budget, i),
       signal: running.signal,
     });
     const seconds = (performance.now() - started) / 1000;
@@ -387,6 +396,7 @@ function factsOf(reply, seconds) {
     ["Freed blocks", count(cache.freed_blocks)],
     ["Selection layer", cache.selection_layer ?? "none"],
     ["Token-layers skipped", count(cache.skipped_token_layers)],
+    ["Read from prefix cache", count(cache.reused_tokens ?? 0)],
     ["Policy", reply.kv_transfer_params?.policy ?? "none"],
   ];
   for (const [name, value] of rows) {
