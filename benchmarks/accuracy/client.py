@@ -11,6 +11,8 @@ import openai
 from asl_vllm.selection import resolve_kept
 
 TIMEOUT_S = 3600.0
+TOP = 20
+"""Most likely tokens asked for: as many as vLLM gives unless told otherwise."""
 RETRIES = 2
 
 
@@ -54,6 +56,10 @@ class Reply:
     text: str
     prompt_tokens: int
     kv_cache: dict[str, Any] | None
+    tokens: tuple[int, ...] = ()
+    """Of the answer, the end of it included; only where ``top`` was asked for."""
+    top: tuple[dict[int, float], ...] = ()
+    """Of each of ``tokens``: `TOP` likeliest ids at its place, with logprobs."""
 
 
 class Client:
@@ -119,16 +125,28 @@ class Client:
         max_tokens: int,
         policy: str = "none",
         budget: int | None = None,
+        top: bool = False,
+        forced: Sequence[int] = (),
     ) -> Reply:
         """The greedy answer to a prompt of token ids.
 
+        With ``top`` also its tokens, and the likeliest ones at each. With ``forced``
+        these are its tokens, for servers with `benchmarks.accuracy.forced`.
+
         Raises:
-            ServerError: No answer after retries, or no report of a pruned prompt.
+            ServerError: No answer after retries, no report of a pruned prompt, or not
+                the tokens that were forced.
         """
         extra: dict[str, Any] = {}
         if served.policies:
             # Named even where nothing is to be pruned: a server may have defaults.
             extra = {"kv_policy": policy, "kv_budget": budget}
+        if forced:
+            extra |= {"vllm_xargs": {"forced_tokens": list(forced)}, "ignore_eos": True}
+        options: dict[str, Any] = {}
+        if top or forced:
+            options["logprobs"] = TOP
+            extra["return_tokens_as_token_ids"] = True
         try:
             reply = await self._openai.completions.create(
                 model=served.model,
@@ -136,6 +154,7 @@ class Client:
                 max_tokens=max_tokens,
                 temperature=0.0,
                 extra_body=extra,
+                **options,
             )
         except openai.OpenAIError as error:
             raise ServerError(f"{type(error).__name__}: {error}") from error
@@ -148,5 +167,26 @@ class Client:
             raise ServerError(
                 f"kv_transfer_params: got {told}; expected a report of {policy}"
             )
-        text = reply.choices[0].text
-        return Reply(text, reply.usage.prompt_tokens, kv_cache)
+        choice = reply.choices[0]
+        tokens, likeliest = _top(choice.logprobs) if options else ((), ())
+        if forced and tokens != tuple(forced):
+            raise ServerError(
+                "the answer is not the one that was forced: start the server with "
+                "PYTHONPATH=. and --logits-processors "
+                "benchmarks.accuracy.forced:ForcedAnswer"
+            )
+        return Reply(
+            choice.text, reply.usage.prompt_tokens, kv_cache, tokens, likeliest
+        )
+
+
+def _top(logprobs: Any) -> tuple[tuple[int, ...], tuple[dict[int, float], ...]]:
+    """An answer's tokens, and the likeliest at each: ids from ``token_id:ID``."""
+
+    def number(token: str) -> int:
+        return int(token.removeprefix("token_id:"))
+
+    return tuple(map(number, logprobs.tokens)), tuple(
+        {number(token): value for token, value in place.items()}
+        for place in logprobs.top_logprobs
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from asl_vllm.config import POLICY_NAMES, AslConfig
@@ -24,11 +25,12 @@ from asl_vllm.selection import minimum_budget
 from benchmarks.accuracy.cells import FULL, Cell, cells, check_policies
 from benchmarks.accuracy.client import Reply, Served
 from benchmarks.accuracy.controls import CONTROLS
-from benchmarks.accuracy.prompts import PromptMaker
+from benchmarks.accuracy.fidelity import Fidelity, of_logits
+from benchmarks.accuracy.prompts import Prompt, PromptMaker
 from benchmarks.accuracy.replies import Record, Replies
 from benchmarks.accuracy.run import Plan, record, shortened_prompt
 from benchmarks.accuracy.shared_layers import Cache, FusedDecoder, SharedLayers
-from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.tasks import TASKS, Task
 from benchmarks.accuracy.tokens import HubTokenizer
 
 BLOCK_SIZE = 32
@@ -168,6 +170,39 @@ class DirectModel:
             "skipped_token_layers": report.skipped_token_layers,
         }
 
+    @torch.inference_mode()
+    def fidelities(
+        self, asked: Sequence[tuple[Variant, Cell, list[int]]], max_tokens: int
+    ) -> list[tuple[Reply, Fidelity]]:
+        """The prompt's own answer, forced on each cell's cache.
+
+        ``asked`` has the ids that are sent: the prompt's, or a control's.
+        """
+        eos = self._tokens.eos
+        full = self.layers.unpruned_cache()
+        (own,) = self.layers.answers([full], max_tokens, eos, ())
+        tokens = [*own, eos] if eos is not None and len(own) < max_tokens else own
+        truth = self._logits(self.layers, full, tokens)
+        text, found = self._tokens.decode(own), []
+        for variant, cell, ids in asked:
+            layers, report = self.layers, None
+            if cell.policy in CONTROLS:
+                layers = self._control
+                layers.begin_prompt(ids)
+                cache = layers.unpruned_cache()
+            else:
+                cache, report = self._prefilled(variant, cell, ids)
+            near = of_logits(truth, self._logits(layers, cache, tokens))
+            found.append((Reply(text, len(ids), report), near))
+        return found
+
+    def _logits(
+        self, layers: SharedLayers, cache: Cache, tokens: Sequence[int]
+    ) -> Tensor:
+        """[n, vocabulary]: what a cache predicts for each of n tokens."""
+        (extension,) = layers.forced_hidden([cache], tokens[:-1])
+        return layers.model.logits(extension.hidden)
+
     def _texts(
         self, layers: SharedLayers, caches: list[Cache], max_tokens: int, guess: str
     ) -> list[str]:
@@ -194,12 +229,14 @@ class _Worker:
         task = TASKS[name]
         prompt = self._maker.prompt(task, length, index)
         self._model.layers.begin_prompt(prompt.token_ids)
-        size, guess = task.max_tokens, prompt.answers[0]
         asked = [
             (variant, cell)
             for variant, cell in asked_of(self._made, self._plan, length)
             if (cell.label, cell.budget) not in done
         ]
+        if task.own_answer:
+            return self._compared(task, place, prompt, asked)
+        size, guess = task.max_tokens, prompt.answers[0]
         pruned = [pair for pair in asked if pair[1].policy not in CONTROLS]
         replies = iter(self._model.replies(pruned, prompt.token_ids, size, guess))
         found = []
@@ -214,6 +251,32 @@ class _Worker:
             sent = (reply, reply.prompt_tokens, variant.served)
             found.append(record(task, length, index, cell, prompt, *sent))
         return found
+
+    def _compared(
+        self,
+        task: Task,
+        place: Place,
+        prompt: Prompt,
+        asked: Sequence[tuple[Variant, Cell]],
+    ) -> list[Record]:
+        """Records of a task without right answers."""
+        _, length, index = place
+        sent = [
+            shortened_prompt(prompt.token_ids, cell, variant.served, self._bos, place)
+            if cell.policy in CONTROLS
+            else prompt.token_ids
+            for variant, cell in asked
+        ]
+        triples = [(*pair, ids) for pair, ids in zip(asked, sent, strict=True)]
+        found = self._model.fidelities(triples, task.max_tokens)
+        return [
+            record(
+                *(task, length, index, cell, prompt),
+                *(reply, reply.prompt_tokens, variant.served),
+                fidelity=near,
+            )
+            for (variant, cell), (reply, near) in zip(asked, found, strict=True)
+        ]
 
 
 def asked_of(

@@ -39,6 +39,11 @@ def work_cell(row: Row) -> str:
     return "-" if row["work"] is None else f"{row['work']:.2f}"
 
 
+def kl_cell(row: Row) -> str:
+    """Divergence from the unpruned model, in nats a token."""
+    return "-" if row["kl"] is None else f"{row['kl']:.3f}"
+
+
 def table(rows: Sequence[Row], cell: Callable[[Row], str]) -> Table:
     """Policy x budget down, tasks across; its first line are the headings."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -80,6 +85,9 @@ def text(rows: Sequence[Row]) -> str:
     for length in dict.fromkeys(row["length"] for row in rows):
         own = [row for row in rows if row["length"] == length]
         parts.append(f"{length} tokens\n{text_table(table(own, score_cell))}")
+        compared = [row for row in own if row["kl"] is not None]
+        if compared:
+            parts.append(f"KL divergence\n{text_table(table(compared, kl_cell))}")
     return "\n\n".join(parts)
 
 
@@ -100,6 +108,14 @@ def markdown(run: dict[str, Any], rows: Sequence[Row], images: Path) -> str:
             "Accuracy:",
             markdown_table(table(own, score_cell)),
         ]
+        compared = [row for row in own if row["kl"] is not None]
+        if compared:
+            parts += [
+                "Tasks without a right answer: accuracy is the share of the unpruned "
+                "model's own tokens that are still the likeliest. Mean KL divergence "
+                "from its predictions, in nats a token:",
+                markdown_table(table(compared, kl_cell)),
+            ]
         choosing = [row for row in own if set(row["layers"]) != {"none"}]
         if choosing:
             parts += [

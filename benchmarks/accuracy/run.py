@@ -13,6 +13,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.cells import FULL, Cell, cells
 from benchmarks.accuracy.client import Client, Reply, Served, ServerError
 from benchmarks.accuracy.controls import CONTROLS, shortened
+from benchmarks.accuracy.fidelity import Fidelity, of_top
 from benchmarks.accuracy.prompts import Prompt, PromptMaker
 from benchmarks.accuracy.replies import Record, Replies
 from benchmarks.accuracy.tasks import TASKS, Task
@@ -67,14 +68,20 @@ async def ask_all(
             if not wanted or len(failures) >= MOST_FAILURES:
                 continue
             jobs = _jobs(maker, task, length, wanted)
+            asking = _Asking(client, served, tokenizer_bos)
             bar = tqdm(total=len(wanted), desc=f"{task.name} {length}", leave=True)
 
-            async def work(jobs: Iterator[_Job] = jobs, bar: tqdm[Any] = bar) -> None:
+            async def work(
+                jobs: Iterator[_Job] = jobs,
+                bar: tqdm[Any] = bar,
+                asking: _Asking = asking,
+            ) -> None:
                 for job in jobs:
                     if len(failures) >= MOST_FAILURES:
                         return
                     try:
-                        reply, sent = await _ask(client, served, tokenizer_bos, job)
+                        reply, sent = await asking.reply(job)
+                        fidelity = await asking.fidelity(job, reply)
                     except ServerError as error:
                         failures.append(_failure(job, error))
                         bar.set_postfix(failed=len(failures))
@@ -83,6 +90,7 @@ async def ask_all(
                             record(
                                 *(job.task, job.length, job.index, job.cell),
                                 *(job.prompt, reply, sent, served),
+                                fidelity=fidelity,
                             )
                         )
                     bar.update()
@@ -103,25 +111,63 @@ def _jobs(
         yield _Job(task, length, index, cell, prompt)
 
 
-async def _ask(
-    client: Client, served: Served, bos: int | None, job: _Job
-) -> tuple[Reply, int]:
-    """The reply, and how many prompt tokens were sent."""
-    cell, ids = job.cell, job.prompt.token_ids
-    policy, budget = cell.policy, cell.budget
-    if policy == FULL or policy in CONTROLS:
-        policy, budget = "none", None
-    if cell.policy in CONTROLS:
-        place = (job.task.name, job.length, job.index)
-        ids = shortened_prompt(ids, cell, served, bos, place)
-    reply = await client.ask(
-        served, ids, max_tokens=job.task.max_tokens, policy=policy, budget=budget
-    )
-    if reply.prompt_tokens != len(ids):
-        raise ServerError(
-            f"the server counts {reply.prompt_tokens} prompt tokens of {len(ids)} sent"
+class _Asking:
+    """Sends the jobs of one task and length; keeps the unpruned answers it needs."""
+
+    def __init__(self, client: Client, served: Served, bos: int | None) -> None:
+        self._client, self._served, self._bos = client, served, bos
+        self._own: dict[int, asyncio.Task[Reply]] = {}
+
+    async def reply(self, job: _Job) -> tuple[Reply, int]:
+        """The reply, and how many prompt tokens were sent."""
+        cell, ids = job.cell, job.prompt.token_ids
+        policy, budget = cell.policy, cell.budget
+        if policy == FULL or policy in CONTROLS:
+            policy, budget = "none", None
+        if cell.policy in CONTROLS:
+            place = (job.task.name, job.length, job.index)
+            ids = shortened_prompt(ids, cell, self._served, self._bos, place)
+        if job.task.own_answer:
+            own = await self._own_answer(job)
+            if cell.policy == FULL:
+                return own, len(ids)
+            forced, max_tokens = own.tokens, len(own.tokens)
+        else:
+            forced, max_tokens = (), job.task.max_tokens
+        reply = await self._client.ask(
+            self._served,
+            ids,
+            max_tokens=max_tokens,
+            policy=policy,
+            budget=budget,
+            forced=forced,
         )
-    return reply, len(ids)
+        return _counted(reply, len(ids)), len(ids)
+
+    async def fidelity(self, job: _Job, reply: Reply) -> Fidelity | None:
+        """How far the reply is from the unpruned one; None: the task has answers."""
+        if not job.task.own_answer:
+            return None
+        return of_top((await self._own_answer(job)).top, reply.top)
+
+    async def _own_answer(self, job: _Job) -> Reply:
+        """The unpruned answer, asked for once a prompt."""
+        if job.index not in self._own:
+            self._own[job.index] = asyncio.create_task(self._ask_unpruned(job))
+        return await self._own[job.index]
+
+    async def _ask_unpruned(self, job: _Job) -> Reply:
+        ids, size = job.prompt.token_ids, job.task.max_tokens
+        reply = await self._client.ask(self._served, ids, max_tokens=size, top=True)
+        return _counted(reply, len(ids))
+
+
+def _counted(reply: Reply, sent: int) -> Reply:
+    if reply.prompt_tokens != sent:
+        raise ServerError(
+            f"the server counts {reply.prompt_tokens} prompt tokens of {sent} sent"
+        )
+    return reply
 
 
 def shortened_prompt(
@@ -153,8 +199,12 @@ def record(
     reply: Reply,
     sent: int,
     served: Served,
+    fidelity: Fidelity | None = None,
 ) -> Record:
-    """What is kept of a reply to ``sent`` tokens of prompt number ``index``."""
+    """What is kept of a reply to ``sent`` tokens of prompt number ``index``.
+
+    ``fidelity``: for a task without a right answer, whose score it is.
+    """
     report = reply.kv_cache or {}
     return {
         "task": task.name,
@@ -162,7 +212,12 @@ def record(
         "index": index,
         "policy": cell.label,
         "budget": cell.budget,
-        "score": task.score(reply.text, prompt.answers),
+        "score": (
+            task.score(reply.text, prompt.answers)
+            if fidelity is None
+            else fidelity.agreement
+        ),
+        **({} if fidelity is None else {"kl": fidelity.kl}),
         "text": reply.text,
         "answers": list(prompt.answers),
         "prompt_tokens": len(prompt.token_ids),

@@ -7,6 +7,7 @@ then drop the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,18 @@ Cache = list[tuple[Tensor, Tensor]]
 """Of each layer the keys and values, each [entries, Hkv, D]."""
 _Path = tuple[bytes, ...]
 """Token ids that were embedded, then the positions that came through each layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Extension:
+    """What the model makes of tokens after a cache's.
+
+    hidden: ``[n, hidden]``, of the last layer.
+    layers: of each, keys and values ``[n, Hkv, D]``.
+    """
+
+    hidden: Tensor
+    layers: Sequence[tuple[Tensor, Tensor]]
 
 
 class FusedDecoder(TinyDecoder):
@@ -129,57 +142,83 @@ class SharedLayers:
         of that. ``guess``: what the tokens may be. Right ones are found so in one
         step together, for all caches; it changes nothing else.
         """
-        ids = [int(self._ids[-1]), *guess[: max_tokens - 1]]
-        steps = self._extended(caches, ids, len(self._ids) - 1)
-        return [self._answer(cache, max_tokens, eos, ids, f) for cache, f in steps]
-
-    def _answer(
-        self,
-        cache: Cache,
-        max_tokens: int,
-        eos: int | None,
-        ids: list[int],
-        found: list[int],
-    ) -> list[int]:
-        """Goes on from a step, of which ``ids`` came in and ``found`` out."""
-        tokens: list[int] = []
-        position = len(self._ids) - 1
-        while True:
+        guess = guess[: max_tokens - 1]
+        inputs = [int(self._ids[-1]), *guess]
+        answers: list[list[int]] = [[] for _ in caches]
+        grown: list[Cache] = []
+        for cache, own, answer in zip(
+            caches, self.forced_hidden(caches, guess), answers, strict=True
+        ):
+            found = self.model.logits(own.hidden).argmax(-1).tolist()
             # Each is greedy as long as those that it was computed from are.
             right = 1
-            while right < len(found) and ids[right] == found[right - 1]:
+            while right < len(found) and inputs[right] == found[right - 1]:
                 right += 1
-            for token in found[:right]:
-                if token == eos:
-                    return tokens
-                tokens.append(token)
-            if len(tokens) >= max_tokens:
-                return tokens
-            unused = len(found) - right
-            if unused:
-                cache = [(k[:-unused], v[:-unused]) for k, v in cache]
-            position += right
-            ids = tokens[-1:]
-            ((cache, found),) = self._extended([cache], ids, position)
+            answer += found[:right]
+            grown.append(
+                [
+                    (torch.cat([past[0], k[:right]]), torch.cat([past[1], v[:right]]))
+                    for past, (k, v) in zip(cache, own.layers, strict=True)
+                ]
+            )
+        while going := [
+            number
+            for number, answer in enumerate(answers)
+            if eos not in answer and len(answer) < max_tokens
+        ]:
+            self._step([grown[n] for n in going], [answers[n] for n in going])
+        return [
+            answer[: answer.index(eos)] if eos in answer else answer[:max_tokens]
+            for answer in answers
+        ]
+
+    def _step(self, caches: Sequence[Cache], answers: Sequence[list[int]]) -> None:
+        """Each cache takes its answer's last token, each answer one more."""
+        before = len(self._ids) - 1
+        positions = [before + len(answer) for answer in answers]
+        last = [answer[-1:] for answer in answers]
+        for cache, answer, own in zip(
+            caches, answers, self._extended(caches, last, positions), strict=True
+        ):
+            answer.append(int(self.model.logits(own.hidden).argmax()))
+            for layer, (k, v) in enumerate(own.layers):
+                past = cache[layer]
+                cache[layer] = (torch.cat([past[0], k]), torch.cat([past[1], v]))
+
+    def forced_hidden(
+        self, caches: Sequence[Cache], answer: Sequence[int]
+    ) -> list[Extension]:
+        """What each cache makes of the prompt's last token and these after it.
+
+        Row i of ``hidden`` is that from which token i of an answer follows.
+        """
+        ids = [int(self._ids[-1]), *answer]
+        first = len(self._ids) - 1
+        return self._extended(caches, [ids] * len(caches), [first] * len(caches))
 
     def _extended(
-        self, caches: Sequence[Cache], ids: Sequence[int], position: int
-    ) -> list[tuple[Cache, list[int]]]:
-        """Each cache with tokens from a position on, and the tokens after them."""
-        count = len(caches)
-        positions = torch.arange(position, position + len(ids)).repeat(count)
-        hidden = self.model.embed(torch.tensor(ids)).repeat(count, 1)
-        grown: list[Cache] = [[] for _ in caches]
+        self,
+        caches: Sequence[Cache],
+        ids: Sequence[Sequence[int]],
+        first: Sequence[int],
+    ) -> list[Extension]:
+        """Each cache's tokens, as many for all, from a position of its own on."""
+        count, size = len(caches), len(ids[0])
+        positions = (torch.tensor(first)[:, None] + torch.arange(size)).flatten()
+        hidden = self.model.embed(torch.tensor(ids).flatten())
         batch = _BatchDecoder(self.model.config, self.model.weights)
+        layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in caches]
         for layer in range(self.shape.num_layers):
             batch.pasts = [cache[layer] for cache in caches]
             out = batch.layer(layer, hidden, positions)
             hidden = out.hidden
             parts = zip(out.k.chunk(count), out.v.chunk(count), strict=True)
-            for cache, past, (k, v) in zip(grown, batch.pasts, parts, strict=True):
-                cache.append((torch.cat([past[0], k]), torch.cat([past[1], v])))
-        found = self.model.logits(hidden).argmax(-1).view(count, -1).tolist()
-        return list(zip(grown, found, strict=True))
+            for own, part in zip(layers, parts, strict=True):
+                own.append(part)
+        return [
+            Extension(part, own)
+            for part, own in zip(hidden.chunk(count), layers, strict=True)
+        ]
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """See `DecoderModel.embed`; a path through the layers begins."""

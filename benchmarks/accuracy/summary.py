@@ -57,6 +57,7 @@ def summary(records: Iterable[Mapping[str, Any]]) -> list[Row]:
                 "high": high,
                 "kept_tokens": mean(record["kept_tokens"] for record in group),
                 "work": _work(group),
+                "kl": _mean_kl(group),
                 "layers": _layers(group),
             }
         )
@@ -79,6 +80,12 @@ def _work(group: Sequence[Mapping[str, Any]]) -> float | None:
         if record["token_layers"] is not None
     ]
     return mean(shares) if shares else None
+
+
+def _mean_kl(group: Sequence[Mapping[str, Any]]) -> float | None:
+    """In nats a token; None: the task has right answers."""
+    found = [record["kl"] for record in group if "kl" in record]
+    return mean(found) if found else None
 
 
 def _layers(group: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.accuracy.tasks import (
+    explain,
     infinitebench_kv_retrieval,
     infinitebench_number_string,
     infinitebench_passkey,
+    quote,
     ruler_cwe,
     ruler_fwe,
     ruler_niah,
@@ -24,6 +26,8 @@ TASKS: dict[str, Task] = {
         infinitebench_passkey.TASK,
         infinitebench_number_string.TASK,
         infinitebench_kv_retrieval.TASK,
+        quote.TASK,
+        explain.TASK,
         *small_models.TASKS,
     )
 }
@@ -33,6 +37,7 @@ GROUPS = {
     for group, source in {
         "ruler": "RULER",
         "infinitebench": "InfiniteBench",
+        "text": "natural text",
         "small": "this project",
     }.items()
 }

@@ -38,6 +38,8 @@ class Task:
     max_tokens: tokens an answer may have.
     smallest, largest: sizes that ``build`` takes; None: no limit.
     source: where the task was published, for results.
+    own_answer: there is no right answer; the unpruned model's own is forced on the
+        pruned cache, and the score is `benchmarks.accuracy.fidelity`'s agreement.
     """
 
     name: str
@@ -47,3 +49,4 @@ class Task:
     max_tokens: int
     smallest: int = 1
     largest: int | None = None
+    own_answer: bool = False
