@@ -2,7 +2,7 @@
 
 Prints a table an experiment as it ends; ``--output`` writes the JSON as well, after
 each experiment, and ``--page`` the Markdown page with its plots. Experiments that were
-not run stay in the JSON if they were taken on the same machine with the same versions.
+not run stay in the JSON if they were taken on the same machine with the same vLLM.
 """
 
 from __future__ import annotations
@@ -81,13 +81,26 @@ def machine(dtype: str) -> dict[str, Any]:
 
 
 def begun(output: Path | None, machine: dict[str, Any]) -> dict[str, Any]:
-    """Results to add to: those of ``output`` if taken on ``machine`` at any date."""
-    results: dict[str, Any] = {"machine": machine, "experiments": {}}
+    """Results to add to: those of ``output`` if taken on ``machine``.
+
+    The date and asl_vllm's version may differ; experiments that stay then say so.
+    """
+    results: dict[str, Any] = {"machine": machine, "experiments": {}, "earlier": {}}
     if output and output.exists():
-        earlier = json.loads(output.read_text())
-        if earlier["machine"] | {"date": machine["date"]} == machine:
-            results["experiments"] = earlier["experiments"]
+        before = json.loads(output.read_text())
+        was = before["machine"]
+        if _without_own(was) == _without_own(machine):
+            results["experiments"] = before["experiments"]
+            own = {"date": was["date"], "asl_vllm": was["versions"].get("asl_vllm")}
+            results["earlier"] = {name: own for name in before["experiments"]}
+            results["earlier"] |= before.get("earlier", {})
     return results
+
+
+def _without_own(machine: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for experiments to stand side by side."""
+    versions = {k: v for k, v in machine["versions"].items() if k != "asl_vllm"}
+    return machine | {"date": None, "versions": versions}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,6 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{title_and_text(name)[0]}", flush=True)
         rows = list(EXPERIMENTS[name].run(bench))
         results["experiments"][name] = rows
+        results["earlier"].pop(name, None)
         print(text_table(name, rows))
         print(f"({time.perf_counter() - began:.0f} s)", flush=True)
         if args.output:

@@ -47,36 +47,14 @@ class Bench:
 
         With `share` there is one engine for all of ``policies``.
         """
-        # Here, so that experiments can be listed without torch.
-        from asl_vllm_testing.random_model import write_random_model
-
-        block_size = options.pop("block_size", 32)
-        # One block is vLLM's null block.
-        blocks = -(-pool_tokens // block_size) + 1
-        width = 2 * shape["kv_heads"] * shape["head_dim"] * shape["layers"]
-        itemsize = 4 if self.dtype == "float32" else 2
-        settings = {
-            "dtype": self.dtype,
-            "max_model_len": max_model_len,
-            "max_num_batched_tokens": self.step_tokens,
-            "max_num_seqs": 32,
-            "block_size": block_size,
-            "enforce_eager": self.eager,
-            "enable_prefix_caching": False,
-            "num_gpu_blocks_override": blocks,
-            "kv_cache_memory_bytes": blocks * block_size * width * itemsize,
-            **options,
-            **self.options,
-        }
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-            model = write_random_model(
-                Path(folder), max_position=1 << 18, weights=self.weights, **shape
-            )
-            if not self.weights:
-                settings["load_format"] = "dummy"
+        settings = self.settings(
+            shape, max_model_len=max_model_len, pool_tokens=pool_tokens, **options
+        )
+        with self.model(shape) as model, ExitStack() as stack:
 
             def start(name: str, policy: dict[str, Any] | None) -> EngineProcess:
-                process = EngineProcess(name, str(model), settings, policy)
+                process = EngineProcess(name, model, settings, policy)
+                process.wait_until_ready()
                 return stack.enter_context(process)
 
             started: list[Measured] = [start(STOCK, None)] if stock else []
@@ -88,3 +66,40 @@ class Bench:
             else:
                 started += [start(name, policy) for name, policy in policies.items()]
             yield started
+
+    @contextmanager
+    def model(self, shape: Shape) -> Iterator[str]:
+        """The folder of a random model, while it is needed."""
+        # Here, so that experiments can be listed without torch.
+        from asl_vllm_testing.random_model import write_random_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            yield str(
+                write_random_model(
+                    Path(folder), max_position=1 << 18, weights=self.weights, **shape
+                )
+            )
+
+    def settings(
+        self, shape: Shape, *, max_model_len: int, pool_tokens: int, **options: Any
+    ) -> dict[str, Any]:
+        """Arguments of `LLM` that all engines of an experiment share."""
+        block_size = options.pop("block_size", 32)
+        # One block is vLLM's null block.
+        blocks = -(-pool_tokens // block_size) + 1
+        width = 2 * shape["kv_heads"] * shape["head_dim"] * shape["layers"]
+        itemsize = 4 if self.dtype == "float32" else 2
+        return {
+            "dtype": self.dtype,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": self.step_tokens,
+            "max_num_seqs": 32,
+            "block_size": block_size,
+            "enforce_eager": self.eager,
+            "enable_prefix_caching": False,
+            "num_gpu_blocks_override": blocks,
+            "kv_cache_memory_bytes": blocks * block_size * width * itemsize,
+            "load_format": "auto" if self.weights else "dummy",
+            **options,
+            **self.options,
+        }

@@ -27,10 +27,12 @@ def _host(connection: Connection, model: str, options: dict[str, Any]) -> None:
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     connection.send(getattr(worker, "prefill_bytes", 0))
     while (order := connection.recv()) is not None:
-        asks, policy = order
+        asks, policy, forget = order
         try:
             if policy is not None:
                 _take_policy(policy)
+            if forget:
+                llm.reset_prefix_cache()
             connection.send(drive(llm, asks))
         except Exception:
             connection.send(traceback.format_exc())
@@ -44,7 +46,14 @@ def _take_policy(policy: dict[str, Any]) -> None:
     from asl_vllm.config import AslConfig
 
     factory = get_kv_transfer_group().worker_side.queue._start
+    # What was reserved for a chunk at the start is also the most.
+    reserved = _reserved.setdefault(id(factory), factory.chunk_tokens)
     factory.config = AslConfig.from_dict(policy)
+    factory.chunk_tokens = min(factory.config.chunk_tokens or reserved, reserved)
+
+
+_reserved: dict[int, int] = {}
+"""Tokens of a chunk that prefill factories of this process began with."""
 
 
 class EngineProcess:
@@ -71,8 +80,16 @@ class EngineProcess:
         )
         self._process.start()
         child.close()
-        self.prefill_bytes: int = self._connection.recv()
+        self.prefill_bytes = 0
         """Bytes reserved for prefills outside the KV pool; 0 for stock vLLM."""
+
+    def wait_until_ready(self) -> None:
+        """Waits until the engine has started.
+
+        Raises:
+            EOFError: it did not start; why is on the terminal.
+        """
+        self.prefill_bytes = self._connection.recv()
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -83,13 +100,21 @@ class EngineProcess:
             self._process.join(timeout=30)
         self._process.terminate()
 
-    def run(self, asks: Sequence[Ask], policy: dict[str, Any] | None = None) -> Trace:
+    def run(
+        self,
+        asks: Sequence[Ask],
+        policy: dict[str, Any] | None = None,
+        *,
+        forget: bool = False,
+    ) -> Trace:
         """Drives a load, by other options of asl_vllm than its own where given.
+
+        ``forget`` empties the prefix cache first.
 
         Raises:
             RuntimeError: the engine failed; the message is its traceback.
         """
-        self._connection.send((list(asks), policy))
+        self._connection.send((list(asks), policy, forget))
         trace = self._connection.recv()
         if not isinstance(trace, Trace):
             raise RuntimeError(f"engine {self.name} failed:\n{trace}")
@@ -106,10 +131,26 @@ class Variant:
         self.prefill_bytes = host.prefill_bytes
         self._host, self._policy = host, policy
 
-    def run(self, asks: Sequence[Ask]) -> Trace:
+    def run(self, asks: Sequence[Ask], *, forget: bool = False) -> Trace:
         """Drives a load under this policy; see `EngineProcess.run`."""
-        by_name = [replace(ask, policy=self._policy["policy"]) for ask in asks]
-        return self._host.run(by_name, self._policy)
+        named = [
+            ask if ask.budget is None else replace(ask, policy=self._policy["policy"])
+            for ask in asks
+        ]
+        return self._host.run(named, self._policy, forget=forget)
 
 
-Measured = EngineProcess | Variant
+class Forgetful:
+    """An engine whose prefix cache is emptied before each load."""
+
+    def __init__(self, engine: EngineProcess | Variant) -> None:
+        self.name, self.stock = engine.name, engine.stock
+        self.prefill_bytes = engine.prefill_bytes
+        self._engine = engine
+
+    def run(self, asks: Sequence[Ask]) -> Trace:
+        """Drives a load; see `EngineProcess.run`."""
+        return self._engine.run(asks, forget=True)
+
+
+Measured = EngineProcess | Variant | Forgetful

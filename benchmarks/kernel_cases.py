@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import asl_kernels.attention_at as attention
 import asl_kernels.block_table_view as view
 import asl_kernels.gather_kept as gather
 import asl_kernels.rank_variance as variance
@@ -173,6 +174,37 @@ def comparing(tokens: int, device: torch.device) -> Case:
     )
 
 
+def attending(tokens: int, device: torch.device, dtype: torch.dtype) -> Case:
+    """Tokens selected of a cached prefix attend to it again, at one layer."""
+    query = torch.randn(BUDGET, KV_HEADS * GROUP, DIM, device=device).to(dtype)
+    keys, values = torch.randn(2, tokens, KV_HEADS, DIM, device=device).to(dtype)
+    places = torch.arange(tokens, device=device)
+    picked = torch.randperm(tokens, device=device)[:BUDGET].sort().values
+    outs = [torch.empty_like(query) for _ in range(2)]
+
+    def run() -> Tensor:
+        attention.attention_at(
+            query, keys, values, picked, places, scale=SCALE, out=outs[0]
+        )
+        return outs[0]
+
+    def reference() -> Tensor:
+        attention.reference.attention_at(
+            query, keys, values, picked, places, SCALE, outs[1], None, 0.0, None
+        )
+        return outs[1]
+
+    return Case(
+        "attention_at",
+        f"M {tokens}, n {BUDGET}",
+        run,
+        reference,
+        size_in_bytes(query, keys, values, picked, places, outs[0]),
+        # Rounded to the dtype on both sides.
+        tolerance=1e-2,
+    )
+
+
 def gathering(tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Kept keys and values of a layer, and the hidden states that go deeper."""
     k, v = torch.randn(2, tokens, KV_HEADS, DIM, device=device).to(dtype)
@@ -274,6 +306,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield comparing(tokens, device)
     for tokens in sizes.tokens:
         yield from gathering(tokens, device, sizes.dtype)
+    for tokens in sizes.tokens:
+        yield attending(tokens, device, sizes.dtype)
     for rows in sizes.rows:
         yield viewing(rows, max(sizes.tokens), device)
     for tokens in sizes.tokens:

@@ -18,6 +18,10 @@ class Ask:
     after_tokens: int = 0
     policy: str | None = None
     """Of the engine's policies; None: its own."""
+    reuse: str | None = None
+    """Whether a pruned prompt reads the prefix cache (`kv_reuse`)."""
+    samples: int = 1
+    """Answers; several are sampled."""
 
 
 @dataclass
@@ -27,6 +31,8 @@ class Answer:
     sent: float = 0.0
     token_times: list[float] = field(default_factory=list)
     report: dict[str, Any] | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the prefix cache."""
 
     @property
     def first_token_s(self) -> float:
@@ -76,6 +82,7 @@ def drive(llm: Any, asks: Sequence[Ask]) -> Trace:
             answer.token_times += [now] * new
             if output.finished:
                 answer.report = output.kv_transfer_params
+                answer.cached_tokens = output.num_cached_tokens or 0
         decoding = [r for r in scheduler.running if r.num_output_tokens]
         peak_running = max(peak_running, len(decoding))
         peak_blocks = max(peak_blocks, free - pool.get_num_free_blocks())
@@ -86,9 +93,11 @@ def _send(engine: Any, request_id: str, ask: Ask) -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    ours = {"kv_budget": ask.budget, "kv_policy": ask.policy}
+    ours = {"kv_budget": ask.budget, "kv_policy": ask.policy, "kv_reuse": ask.reuse}
     params = SamplingParams(
-        temperature=0,
+        n=ask.samples,
+        temperature=0 if ask.samples == 1 else 1,
+        seed=0,
         max_tokens=ask.max_tokens,
         ignore_eos=True,
         output_kind=RequestOutputKind.DELTA,

@@ -60,6 +60,8 @@ def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
             "|" + "---|" * len(columns),
             *("| " + " | ".join(cell(r[c]) for c in columns) + " |" for r in rows),
         ]
+        if was := results.get("earlier", {}).get(name):
+            text += f" Measured {was['date']} with asl_vllm {was['asl_vllm']}."
         parts += [f"## {title}", text, "\n".join(lines)]
         if hasattr(EXPERIMENTS[name], "PLOT"):
             plot(name, rows, images / f"{name}.png")

@@ -57,6 +57,13 @@ class Scale:
     depths: tuple[float, ...] = (1 / 4, 1 / 2, 3 / 4)
     """Selection layers of the time to first token, as shares of the layers."""
     short_requests: int = 64
+    prefix_tokens: int = 2048
+    """Length of the prompts whose beginning is cached."""
+    prefix_budget: int = 512
+    document_tokens: int = 16384
+    """Length of a cached document that several questions are asked about."""
+    answer_tokens: int = 200
+    """Of each answer to them."""
     most_pool_tokens: int | None = None
     """Tokens of the largest KV pool that there is memory for."""
 
@@ -89,6 +96,11 @@ QUICK = Scale(
     neighbour_tokens=2048,
     overlong_tokens=2048,
     budget=256,
+    short_requests=8,
+    prefix_tokens=512,
+    prefix_budget=128,
+    document_tokens=1024,
+    answer_tokens=20,
     layer_bound=LAYER_BOUND,
     long=LONG,
     attention_bound=ATTENTION_BOUND,

@@ -35,6 +35,7 @@ ROWS = {
     [
         ({"date": "2026-01-01"}, True),
         ({"scale": "quick"}, False),
+        ({"versions": {"torch": "1", "asl_vllm": "0"}}, True),
         ({"versions": {"torch": "2"}}, False),
     ],
 )
@@ -42,10 +43,20 @@ def test_earlier_results_stay_if_taken_alike(
     tmp_path: Path, changed: dict[str, object], kept: bool
 ) -> None:
     output = tmp_path / "results.json"
-    assert begun(output, MACHINE) == {"machine": MACHINE, "experiments": {}}
+    nothing = {"machine": MACHINE, "experiments": {}, "earlier": {}}
+    assert begun(output, MACHINE) == nothing
     output.write_text(json.dumps({"machine": MACHINE | changed, "experiments": ROWS}))
     assert begun(output, MACHINE)["machine"] == MACHINE
-    assert begun(output, MACHINE)["experiments"] == (ROWS if kept else {})
+    results = begun(output, MACHINE)
+    assert results["experiments"] == (ROWS if kept else {})
+    assert results["earlier"].keys() == results["experiments"].keys()
+
+
+def test_the_page_says_which_experiments_are_older(tmp_path: Path) -> None:
+    earlier = {"losing": {"date": "2026-01-01", "asl_vllm": "0.1"}}
+    results = {"machine": MACHINE, "experiments": ROWS, "earlier": earlier}
+    page = markdown(results, tmp_path / "images", "images")
+    assert page.count("Measured 2026-01-01 with asl_vllm 0.1.") == 1
 
 
 def test_page_has_tables_in_order_and_plots(tmp_path: Path) -> None:

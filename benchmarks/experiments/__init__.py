@@ -15,6 +15,7 @@ from benchmarks.experiments import (
     neighbours,
     overlong,
     prefill,
+    prefix,
     short,
     unpruned,
 )
@@ -23,6 +24,7 @@ EXPERIMENTS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         prefill,
+        prefix,
         short,
         growth,
         decode,

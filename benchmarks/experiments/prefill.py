@@ -49,7 +49,7 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         for num_tokens in scale.prefill_tokens:
             budget = min(scale.budget, num_tokens // 2)
             measure = first_token(num_tokens, budget, layers=selections)
-            times = in_turn(engines, scale.rounds, measure)
+            times = in_turn(engines, scale.rounds, measure, warm_up=num_tokens <= 65536)
             for name, layer in selections.items():
                 yield {
                     "tokens": num_tokens,

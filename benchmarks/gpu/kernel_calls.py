@@ -11,6 +11,7 @@ import argparse
 import torch
 from torch import Tensor
 
+import asl_kernels.attention_at as attention
 import asl_kernels.block_table_view as view
 import asl_kernels.gather_kept as gather
 import asl_kernels.rank_variance as variance
@@ -21,6 +22,8 @@ LENGTHS = (111, 222)
 KEPT = 37
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 """Of scores, relative to the greatest: both sides add in fp32, in different orders."""
+ATTENTION_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of attention: both sides round to the dtype, of numbers up to about four."""
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
@@ -45,6 +48,32 @@ def scores(device: torch.device, dtype: torch.dtype) -> None:
     )
     want = window.reference.window_scores(several, k, scale, POOL, LENGTHS)
     close(got, want, dtype)
+
+
+def attending(device: torch.device, dtype: torch.dtype) -> None:
+    """Attention at positions: without a window, and with window, cap and sinks."""
+    n = KEPT
+    query = torch.randn(n, HEADS, DIM, device=device).to(dtype)
+    keys, values = torch.randn(2, TOKENS, KV_HEADS, DIM, device=device).to(dtype)
+    places = torch.arange(TOKENS, device=device) * 2
+    picked = torch.randperm(2 * TOKENS, device=device)[:n].sort().values
+    sinks = torch.randn(HEADS, device=device)
+    for more in ((None, 0.0, None), (50, 20.0, sinks)):
+        got, want = torch.empty(2, *query.shape, device=device, dtype=dtype)
+        given = (query, keys, values, picked, places)
+        window, soft_cap, sink = more
+        attention.attention_at(
+            *given,
+            scale=DIM**-0.5,
+            out=got,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sink,
+        )
+        attention.reference.attention_at(*given, DIM**-0.5, want, *more)
+        # Half a unit in the last place of what is stored.
+        error = (got.float() - want.float()).abs().max().item()
+        assert error <= ATTENTION_TOLERANCE[dtype], f"off by {error}"
 
 
 def others(device: torch.device) -> None:
@@ -78,6 +107,7 @@ def main() -> None:
     torch.manual_seed(0)
     for dtype in TOLERANCE:
         scores(device, dtype)
+        attending(device, dtype)
     others(device)
     print("all kernels equal their references")
 

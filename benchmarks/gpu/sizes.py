@@ -59,12 +59,19 @@ def parameters(of: Shape) -> int:
     return of["layers"] * layer + tables * of["vocab"] * of["hidden"]
 
 
-def most_pool_tokens(of: Shape, memory: int) -> int:
-    """Tokens of KV cache, in bf16, that one engine on the GPU has room for."""
+def most_pool_tokens(of: Shape, memory: int, engines: int = 1) -> int:
+    """Tokens of KV cache, in bf16, that each of some engines on a GPU has room for."""
     per_token = 2 * of["kv_heads"] * of["head_dim"] * of["layers"] * 2
     # Of the rest the runtime, activations and a prefill's buffers take their part.
-    room = int(0.94 * memory) - 2 * parameters(of) - 6 * GIB
+    room = int(0.94 * memory) // engines - 2 * parameters(of) - 5 * GIB
     return room // per_token // 1024 * 1024
+
+
+def gpu_memory() -> int:
+    """Bytes of the GPU."""
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def scale(size: str, host: Host) -> Scale:
@@ -77,7 +84,7 @@ def scale(size: str, host: Host) -> Scale:
             prefill_tokens=(256, 384),
             growth_tokens=(256,),
             decode_contexts=(256,),
-            decode_batches=(1, 2, 8),
+            decode_batches=(1, 2),
             decode_steps=8,
             capacity_tokens=256,
             capacity_requests=4,
@@ -85,26 +92,30 @@ def scale(size: str, host: Host) -> Scale:
             overlong_tokens=1024,
             budget=96,
             depths=DEPTHS,
+            short_requests=2,
+            prefix_tokens=256,
+            prefix_budget=96,
+            document_tokens=384,
+            answer_tokens=8,
             most_pool_tokens=2048,
             **shapes,
         )
-    import torch
-
-    memory = torch.cuda.get_device_properties(0).total_memory
     return Scale(
-        rounds=2,
-        prefill_tokens=(8192, 32768, 131072),
+        rounds=4,
+        prefill_tokens=(8192, 32768),
         growth_tokens=(8192, 32768, 131072),
-        decode_contexts=(32768, 131072),
-        decode_batches=(1, 16, 64),
+        decode_contexts=(8192, 32768),
+        decode_batches=(1, 4),
         decode_steps=32,
         capacity_tokens=8192,
         capacity_requests=64,
-        neighbour_tokens=131072,
+        neighbour_tokens=65536,
         overlong_tokens=131072,
         budget=1024,
+        prefix_tokens=32768,
+        prefix_budget=1024,
         depths=DEPTHS,
-        most_pool_tokens=most_pool_tokens(own, memory),
+        most_pool_tokens=most_pool_tokens(own, gpu_memory()),
         **shapes,
     )
 
@@ -116,7 +127,7 @@ def bench(size: str, host: Host, *, compiled: bool = False) -> Bench:
             scale(size, host), step_tokens=128, weights=False, share=True, apart=True
         )
     options = {
-        # Two engines at a time, each with a pool of the size that it is told.
+        # Each with a pool of the size that it is told.
         "gpu_memory_utilization": 0.05,
         "attention_backend": "FLASH_ATTN",
     }

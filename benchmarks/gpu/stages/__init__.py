@@ -1,13 +1,26 @@
 """The stages of a run, in order: correctness first, then speed."""
 
 from benchmarks.gpu.stage import Stage
-from benchmarks.gpu.stages import engines, kernels, passes, rule, share, speed
+from benchmarks.gpu.stages import (
+    engines,
+    kernels,
+    passes,
+    ranks,
+    reuse,
+    rule,
+    share,
+    speed,
+    sync_check,
+)
 
 _ALL = (
     *rule.STAGES,
     *kernels.STAGES,
     *passes.STAGES,
+    *sync_check.STAGES,
     *engines.STAGES,
+    *reuse.STAGES,
+    *ranks.STAGES,
     *share.STAGES,
     *speed.STAGES,
 )

@@ -3,7 +3,8 @@
 An engine with vLLM's default compilation, of a few layers of Llama 8B's shape. Each
 policy prunes two prompts that differ in length by a token. Right is that nothing is
 compiled after the start, that a pass launches few kernels, and that the host waits for
-the device no more often than layers can be selected at.
+the device no more often than layers can be selected at. Short prompts that pass
+together and prompts over a cached prefix compile nothing either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.load import random_prompt
 
 LAYERS, L_MIN = 8, 3
 TOKENS, BUDGET = 8192, 1024
+SHORT, SHORT_PROMPTS = 512, 8
 MOST_LAUNCHES = 20
 MOST_WAITS = LAYERS - L_MIN + 2
 
@@ -137,6 +139,7 @@ def run(host: Host) -> Iterator[Row]:
                     "selection_layer": output.kv_transfer_params["selection_layer"],
                     "ok": not watch.compiled and in_passes <= MOST_WAITS,
                 }
+        yield from others(running, watch)
         decoder = running.factory.model
         kernels: list[Counter[str]] = []
         decoder.run_layer = counted(decoder.run_layer, kernels)
@@ -148,6 +151,35 @@ def run(host: Host) -> Iterator[Row]:
             "launches": sum(full.values()),
             "names": "; ".join(f"{n} {name[:60]}" for name, n in full.items()),
             "ok": sum(full.values()) <= MOST_LAUNCHES,
+        }
+
+
+def others(running: Any, watch: Watch) -> Iterator[Row]:
+    """Short prompts that pass together, and prompts over a cached prefix."""
+    short = [random_prompt(SHORT + i, 100 + i) for i in range(SHORT_PROMPTS)]
+    document = random_prompt(TOKENS - SHORT, 3)
+    running.generate([document], max_tokens=1)
+    question = document + random_prompt(SHORT, 4)
+    for what, prompts, policy, reuse in (
+        (f"{SHORT_PROMPTS} short prompts", short, "asl", "none"),
+        ("over a cached prefix", [question], "snapkv", "read"),
+        ("over a cached prefix", [question], "asl", "read"),
+    ):
+        with watch.request():
+            outputs = running.generate(
+                prompts, budget=SHORT // 2, policy=policy, reuse=reuse, max_tokens=1
+            )
+        waits = dict(watch.waits)
+        cached = outputs[0].num_cached_tokens or 0
+        yield {
+            "what": what,
+            "policy": policy,
+            "tokens": len(prompts[0]),
+            "cached": cached,
+            "compiled": ", ".join(watch.compiled) or "nothing",
+            "waits": sum(n for place, n in waits.items() if is_ours(place)),
+            "all_waits": str(waits),
+            "ok": not watch.compiled and (reuse == "none" or cached > 0),
         }
 
 
