@@ -44,6 +44,8 @@ RULE_OPTIONS = (
 )
 """Options of a server that decide which tokens a policy keeps, but for the fixed
 selection layer, which is in a policy's label."""
+POOLED = ("snapkv", "fastkv", "asl")
+"""Policies that read ``pool_kernel``."""
 SWEPT = ("fastkv", "asl")
 """Policies that can be asked with several layers fixed in turn: fastkv instead of its
 own fixed layer, asl beside the layers that it chooses."""
@@ -68,6 +70,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--concurrency processes at a time",
     )
     add("--block-size", type=int, help="with --direct: tokens a KV block, 32")
+    add("--device", help="with --direct: cpu, the default, or cuda")
+    add(
+        "--pool-kernels",
+        default="",
+        metavar="S,S",
+        help="with --direct: ask snapkv, fastkv and asl under these poolings, too",
+    )
     add(
         "--policy-config",
         default="{}",
@@ -114,6 +123,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             for policy in SWEPT
             if (layers := getattr(args, f"{policy}_layers"))
         }
+        args.pool_kernels = [int(s) for s in args.pool_kernels.split(",") if s]
         args.budgets = [parse_budget(text) for text in args.budgets.split(",")]
         args.policy_config = json.loads(args.policy_config)
     except ValueError as error:
@@ -127,6 +137,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args.base_url = args.base_url or URL
     args.api_key = args.api_key or os.environ.get("OPENAI_API_KEY", "none")
     args.block_size = args.block_size or direct.BLOCK_SIZE
+    args.device = args.device or "cpu"
     return args
 
 
@@ -139,6 +150,9 @@ def _without_effect(args: argparse.Namespace) -> Iterator[str]:
         yield f"--serve-args needs --start: {own}"
     if args.block_size and not args.direct:
         yield f"--block-size needs --direct: {own}"
+    for name in ("device", "pool_kernels"):
+        if getattr(args, name) and not args.direct:
+            yield f"--{name.replace('_', '-')} needs --direct: {own}"
     if not (args.start or args.direct) and (args.swept or args.policy_config):
         yield (
             "--fastkv-layers, --asl-layers and --policy-config need --start or "
@@ -241,6 +255,17 @@ def measure_directly(args: argparse.Namespace) -> None:
         direct.variant(args.direct, args.block_size, config, policies)
         for config, policies in configurations(args)
     ]
+    made += [
+        direct.variant(
+            args.direct,
+            args.block_size,
+            {**config, "pool_kernel": size},
+            [policy for policy in policies if policy in POOLED],
+            f" pooled {size}",
+        )
+        for size in args.pool_kernels
+        for config, policies in configurations(args)
+    ]
     served = made[0].served
     _say_what_is_left_out(args, served)
     _prompt_maker(args, HubTokenizer(args.direct, args.template))
@@ -250,7 +275,9 @@ def measure_directly(args: argparse.Namespace) -> None:
     plan = Plan(
         args.tasks, args.lengths, args.policies, args.budgets, args.n, args.concurrency
     )
-    source = direct.Source(args.direct, args.template, args.split, args.seed)
+    source = direct.Source(
+        args.direct, args.template, args.split, args.seed, args.device
+    )
     direct.answer_all(source, plan, made, replies)
 
 

@@ -7,16 +7,16 @@ study takes a fraction of a server's time. tests/e2e holds its answers against v
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from asl_vllm.config import POLICY_NAMES, AslConfig
@@ -24,19 +24,18 @@ from asl_vllm.prefill import PrefillBuffers, PrefillFactory, PrefillJob
 from asl_vllm.selection import minimum_budget
 from benchmarks.accuracy.cells import FULL, Cell, cells, check_policies
 from benchmarks.accuracy.client import Reply, Served
+from benchmarks.accuracy.continuation import Cache
 from benchmarks.accuracy.controls import CONTROLS
 from benchmarks.accuracy.fidelity import Fidelity, of_logits
-from benchmarks.accuracy.prompts import Prompt, PromptMaker
+from benchmarks.accuracy.prompts import PromptMaker
 from benchmarks.accuracy.replies import Record, Replies
 from benchmarks.accuracy.run import Plan, record, shortened_prompt
-from benchmarks.accuracy.shared_layers import Cache, FusedDecoder, SharedLayers
-from benchmarks.accuracy.tasks import TASKS, Task
+from benchmarks.accuracy.shared_layers import FusedDecoder, SharedLayers
+from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tokens import HubTokenizer
 
 BLOCK_SIZE = 32
 """The README's; vLLM's own is 16, and 128 on CPUs."""
-PROMPTS_AT_ONCE = 4
-"""Prompts that a process takes from the queue together."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +45,33 @@ class Variant:
     config: AslConfig
     served: Served
     policies: tuple[str, ...]
+    name: str = ""
+    """What is added to a policy's label, to tell variants apart."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where prompts come from; see `PromptMaker` and `HubTokenizer`."""
+    """Where prompts and answers come from; see `PromptMaker` and `HubTokenizer`."""
 
     model: str
     template: str
     split: str
     seed: int
+    device: str = "cpu"
 
 
+Asked = tuple[Variant, Cell, list[int]]
+"""What is asked, with the token ids that are sent: the prompt's, or a control's."""
 Place = tuple[str, int, int]
 """Task, length and number of a prompt."""
 
 
 def variant(
-    model: str, block_size: int, config: Mapping[str, Any], policies: Sequence[str]
+    model: str,
+    block_size: int,
+    config: Mapping[str, Any],
+    policies: Sequence[str],
+    name: str = "",
 ) -> Variant:
     """What a server of ``model`` would say of itself under these options.
 
@@ -87,26 +95,24 @@ def variant(
         config={**options.to_dict(), **options.resolved_rule(num_layers)},
     )
     check_policies(policies, served)
-    return Variant(options, served, tuple(policies))
+    return Variant(options, served, tuple(policies), name)
 
 
 class DirectModel:
     """A model that answers one prompt under many policies."""
 
-    def __init__(self, model: str, capacity: int, window: int) -> None:
+    def __init__(
+        self, model: str, capacity: int, window: int, device: str = "cpu"
+    ) -> None:
         self._tokens = HubTokenizer(model, "none")
-        self.layers = SharedLayers(FusedDecoder.load(model))
+        self.layers = SharedLayers(FusedDecoder.load(model, device=device))
         self._buffers = PrefillBuffers(self.layers.shape, capacity, window)
         # What a control asks is another prompt, and so must not evict this one.
         self._control = SharedLayers(self.layers.model)
 
     @torch.inference_mode()
     def replies(
-        self,
-        asked: Sequence[tuple[Variant, Cell]],
-        ids: list[int],
-        max_tokens: int,
-        guess: str = "",
+        self, asked: Sequence[Asked], max_tokens: int, guess: str = ""
     ) -> list[Reply]:
         """Answers to the prompt that ``layers`` is at, as servers reply.
 
@@ -114,12 +120,19 @@ class DirectModel:
         """
         if not asked:
             return []
-        prefills = [self._prefilled(variant, cell, ids) for variant, cell in asked]
-        caches = [cache for cache, _ in prefills]
-        texts = self._texts(self.layers, caches, max_tokens, guess)
+        prefills = [self._prefilled(*one) for one in asked]
+        answers = self.layers.answers(
+            [cache for cache, _ in prefills],
+            max_tokens,
+            self._tokens.eos,
+            self._tokens.ids(guess),
+            [len(ids) - 1 for _, _, ids in asked],
+        )
         return [
-            Reply(text, len(ids), report)
-            for text, (_, report) in zip(texts, prefills, strict=True)
+            Reply(self._tokens.decode(answer), len(ids), report)
+            for answer, (_, _, ids), (_, report) in zip(
+                answers, asked, prefills, strict=True
+            )
         ]
 
     def reply(
@@ -131,21 +144,43 @@ class DirectModel:
         guess: str = "",
     ) -> Reply:
         """One of `replies`."""
-        (reply,) = self.replies([(variant, cell)], ids, max_tokens, guess)
+        (reply,) = self.replies([(variant, cell, ids)], max_tokens, guess)
         return reply
 
     @torch.inference_mode()
-    def control(self, ids: list[int], max_tokens: int, guess: str = "") -> Reply:
-        """The answer to another prompt, unpruned."""
-        self._control.begin_prompt(ids)
-        caches = [self._control.unpruned_cache()]
-        (text,) = self._texts(self._control, caches, max_tokens, guess)
-        return Reply(text, len(ids), None)
+    def fidelities(
+        self, asked: Sequence[Asked], max_tokens: int
+    ) -> list[tuple[Reply, Fidelity]]:
+        """The prompt's own answer, forced on each cell's cache."""
+        eos, layers = self._tokens.eos, self.layers
+        full = layers.unpruned_cache()
+        (own,) = layers.answers([full], max_tokens, eos, ())
+        tokens = [*own, eos] if eos is not None and len(own) < max_tokens else own
+        prefills = [self._prefilled(*one) for one in asked]
+        ends = [len(ids) - 1 for _, _, ids in asked]
+        truth, *forced = layers.forced_hidden(
+            [full, *(cache for cache, _ in prefills)],
+            tokens[:-1],
+            [layers.num_tokens - 1, *ends],
+        )
+        wanted, text = layers.model.logits(truth.hidden), self._tokens.decode(own)
+        return [
+            (
+                Reply(text, len(ids), report),
+                of_logits(wanted, layers.model.logits(one.hidden)),
+            )
+            for one, (_, _, ids), (_, report) in zip(
+                forced, asked, prefills, strict=True
+            )
+        ]
 
     def _prefilled(
         self, variant: Variant, cell: Cell, ids: list[int]
     ) -> tuple[Cache, dict[str, Any] | None]:
         """What is left of the prompt's cache, and what a server reports of that."""
+        if cell.policy in CONTROLS:
+            self._control.begin_prompt(ids)
+            return self._control.unpruned_cache(), None
         if cell.policy == FULL:
             return self.layers.unpruned_cache(), None
         assert cell.budget is not None
@@ -170,46 +205,6 @@ class DirectModel:
             "skipped_token_layers": report.skipped_token_layers,
         }
 
-    @torch.inference_mode()
-    def fidelities(
-        self, asked: Sequence[tuple[Variant, Cell, list[int]]], max_tokens: int
-    ) -> list[tuple[Reply, Fidelity]]:
-        """The prompt's own answer, forced on each cell's cache.
-
-        ``asked`` has the ids that are sent: the prompt's, or a control's.
-        """
-        eos = self._tokens.eos
-        full = self.layers.unpruned_cache()
-        (own,) = self.layers.answers([full], max_tokens, eos, ())
-        tokens = [*own, eos] if eos is not None and len(own) < max_tokens else own
-        truth = self._logits(self.layers, full, tokens)
-        text, found = self._tokens.decode(own), []
-        for variant, cell, ids in asked:
-            layers, report = self.layers, None
-            if cell.policy in CONTROLS:
-                layers = self._control
-                layers.begin_prompt(ids)
-                cache = layers.unpruned_cache()
-            else:
-                cache, report = self._prefilled(variant, cell, ids)
-            near = of_logits(truth, self._logits(layers, cache, tokens))
-            found.append((Reply(text, len(ids), report), near))
-        return found
-
-    def _logits(
-        self, layers: SharedLayers, cache: Cache, tokens: Sequence[int]
-    ) -> Tensor:
-        """[n, vocabulary]: what a cache predicts for each of n tokens."""
-        (extension,) = layers.forced_hidden([cache], tokens[:-1])
-        return layers.model.logits(extension.hidden)
-
-    def _texts(
-        self, layers: SharedLayers, caches: list[Cache], max_tokens: int, guess: str
-    ) -> list[str]:
-        tokens, eos = self._tokens.ids(guess), self._tokens.eos
-        answers = layers.answers(caches, max_tokens, eos, tokens)
-        return [self._tokens.decode(answer) for answer in answers]
-
 
 class _Worker:
     """What a process keeps between prompts."""
@@ -220,7 +215,9 @@ class _Worker:
         self._bos = tokenizer.bos
         self._maker = PromptMaker(tokenizer, split=source.split, seed=source.seed)
         window = made[0].config.window
-        self._model = DirectModel(source.model, max(plan.lengths), window)
+        self._model = DirectModel(
+            source.model, max(plan.lengths), window, source.device
+        )
         self._plan, self._made = plan, made
 
     def records(self, place: Place, done: frozenset[tuple[str, Any]]) -> list[Record]:
@@ -234,41 +231,25 @@ class _Worker:
             for variant, cell in asked_of(self._made, self._plan, length)
             if (cell.label, cell.budget) not in done
         ]
-        if task.own_answer:
-            return self._compared(task, place, prompt, asked)
-        size, guess = task.max_tokens, prompt.answers[0]
-        pruned = [pair for pair in asked if pair[1].policy not in CONTROLS]
-        replies = iter(self._model.replies(pruned, prompt.token_ids, size, guess))
-        found = []
-        for variant, cell in asked:
-            if cell.policy in CONTROLS:
-                ids = shortened_prompt(
+        triples = [
+            (
+                variant,
+                cell,
+                shortened_prompt(
                     prompt.token_ids, cell, variant.served, self._bos, place
                 )
-                reply = self._model.control(ids, size, guess)
-            else:
-                reply = next(replies)
-            sent = (reply, reply.prompt_tokens, variant.served)
-            found.append(record(task, length, index, cell, prompt, *sent))
-        return found
-
-    def _compared(
-        self,
-        task: Task,
-        place: Place,
-        prompt: Prompt,
-        asked: Sequence[tuple[Variant, Cell]],
-    ) -> list[Record]:
-        """Records of a task without right answers."""
-        _, length, index = place
-        sent = [
-            shortened_prompt(prompt.token_ids, cell, variant.served, self._bos, place)
-            if cell.policy in CONTROLS
-            else prompt.token_ids
+                if cell.policy in CONTROLS
+                else prompt.token_ids,
+            )
             for variant, cell in asked
         ]
-        triples = [(*pair, ids) for pair, ids in zip(asked, sent, strict=True)]
-        found = self._model.fidelities(triples, task.max_tokens)
+        size = task.max_tokens
+        found: list[tuple[Reply, Fidelity | None]]
+        if task.own_answer:
+            found = [*self._model.fidelities(triples, size)]
+        else:
+            replies = self._model.replies(triples, size, prompt.answers[0])
+            found = [(reply, None) for reply in replies]
         return [
             record(
                 *(task, length, index, cell, prompt),
@@ -286,6 +267,8 @@ def asked_of(
     found: dict[tuple[str, int | None], tuple[Variant, Cell]] = {}
     for variant in made:
         for cell in cells(variant.policies, plan.budgets, length, variant.served):
+            if cell.policy not in (FULL, *CONTROLS):
+                cell = replace(cell, label=cell.label + variant.name)
             found.setdefault((cell.label, cell.budget), (variant, cell))
     return list(found.values())
 
@@ -316,22 +299,26 @@ def answer_all(
         (source, plan, made),
     )
     with pool:
-        for name in plan.tasks:
-            for length in plan.lengths:
-                todo = list(_todo(name, length, plan, made, replies))
-                results = pool.map(_work, todo, chunksize=PROMPTS_AT_ONCE)
-                for found in tqdm(results, f"{name} {length}", len(todo)):
-                    for reply in found:
-                        replies.add(reply)
+        todo = list(_todo(plan, made, replies))
+        for found in tqdm(pool.map(_work, todo), "prompts", len(todo)):
+            for reply in found:
+                replies.add(reply)
 
 
 def _todo(
-    name: str, length: int, plan: Plan, made: Sequence[Variant], replies: Replies
+    plan: Plan, made: Sequence[Variant], replies: Replies
 ) -> Iterator[tuple[Place, frozenset[tuple[str, Any]]]]:
-    wanted = [cell for _, cell in asked_of(made, plan, length)]
-    for index in range(plan.n):
-        done = [cell for cell in wanted if replies.has(name, length, index, cell)]
-        if len(done) < len(wanted):
+    """In turn a prompt of each kind: a run that ends early has as many of each."""
+    wanted = {
+        length: [cell for _, cell in asked_of(made, plan, length)]
+        for length in plan.lengths
+    }
+    for place in itertools.product(range(plan.n), plan.lengths, plan.tasks):
+        index, length, name = place
+        done = [
+            cell for cell in wanted[length] if replies.has(name, length, index, cell)
+        ]
+        if len(done) < len(wanted[length]):
             yield (
                 (name, length, index),
                 frozenset((cell.label, cell.budget) for cell in done),

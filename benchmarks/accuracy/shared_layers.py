@@ -6,6 +6,7 @@ then drop the same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from asl_vllm.prefill import LayerTap, ModelShape, Verdict
 from asl_vllm_testing.oracle.model import LayerOutput, TinyDecoder
+from benchmarks.accuracy.continuation import Cache, finish
 
-Cache = list[tuple[Tensor, Tensor]]
-"""Of each layer the keys and values, each [entries, Hkv, D]."""
-_Path = tuple[bytes, ...]
-"""Token ids that were embedded, then the positions that came through each layer."""
+_Path = bytes
+"""Digest of the token ids that were embedded, then of the positions that came through
+each layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,8 @@ class FusedDecoder(TinyDecoder):
         rows, total = len(q), len(k)
         seen = None
         if rows < total:
-            seen = torch.ones(rows, total, dtype=torch.bool).tril(total - rows)
+            every = torch.ones(rows, total, dtype=torch.bool, device=q.device)
+            seen = every.tril(total - rows)
         mixed = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k.repeat_interleave(group, 1).transpose(0, 1)[None],
@@ -93,22 +95,29 @@ class SharedLayers:
             head_dim=config.head_dim,
             value_dim=config.head_dim,
             dtype=model.dtype,
-            device=torch.device("cpu"),
+            device=model.embedding.device,
         )
         self.cache: Cache = []
-        self._ids = torch.empty(0, dtype=torch.int64)
+        self._device = model.embedding.device
+        self._ids = torch.empty(0, dtype=torch.int64, device=self._device)
         # By what tokens came through which layers up to this one.
         self._outputs: dict[_Path, LayerOutput] = {}
-        self._path: _Path = ()
+        self._path: _Path = b""
 
     def begin_prompt(self, token_ids: list[int]) -> None:
         """Forgets the prompt before."""
-        self._ids = torch.tensor(token_ids)
+        self._ids = torch.tensor(token_ids, device=self._device)
         self._outputs = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt."""
+        return len(self._ids)
 
     def begin_prefill(self) -> None:
         """Forgets what the prefill before has kept."""
-        self.cache = [(torch.empty(0), torch.empty(0))] * self.shape.num_layers
+        nothing = torch.empty(0, device=self._device)
+        self.cache = [(nothing, nothing)] * self.shape.num_layers
 
     def unpruned_cache(self) -> Cache:
         """The cache of the whole prompt but its last token."""
@@ -116,7 +125,7 @@ class SharedLayers:
 
     def unpruned_layers(self) -> Iterator[LayerOutput]:
         """What each layer computes of the whole prompt."""
-        positions = torch.arange(len(self._ids))
+        positions = torch.arange(len(self._ids), device=self._device)
         hidden = self.embed(self._ids, positions)
         for layer in range(self.shape.num_layers):
             out = self._output(layer, hidden, positions)
@@ -124,7 +133,7 @@ class SharedLayers:
             yield out
 
     def _output(self, layer: int, hidden: Tensor, positions: Tensor) -> LayerOutput:
-        self._path = (*self._path, positions.numpy().tobytes())
+        self._path = _digest(self._path, positions)
         if self._path not in self._outputs:
             self._outputs[self._path] = self.model.layer(layer, hidden, positions)
         return self._outputs[self._path]
@@ -135,19 +144,22 @@ class SharedLayers:
         max_tokens: int,
         eos: int | None,
         guess: Sequence[int],
+        ends: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Greedy tokens after the prompt, up to `eos`, which is left out.
 
         ``caches``: each of all of the prompt but its last token, or of what was kept
         of that. ``guess``: what the tokens may be. Right ones are found so in one
-        step together, for all caches; it changes nothing else.
+        step together, for all caches; it changes nothing else. ``ends``: see
+        `forced_hidden`.
         """
         guess = guess[: max_tokens - 1]
         inputs = [int(self._ids[-1]), *guess]
+        ends = self._ends(caches, ends)
         answers: list[list[int]] = [[] for _ in caches]
         grown: list[Cache] = []
         for cache, own, answer in zip(
-            caches, self.forced_hidden(caches, guess), answers, strict=True
+            caches, self.forced_hidden(caches, guess, ends), answers, strict=True
         ):
             found = self.model.logits(own.hidden).argmax(-1).tolist()
             # Each is greedy as long as those that it was computed from are.
@@ -161,40 +173,32 @@ class SharedLayers:
                     for past, (k, v) in zip(cache, own.layers, strict=True)
                 ]
             )
-        while going := [
-            number
-            for number, answer in enumerate(answers)
-            if eos not in answer and len(answer) < max_tokens
-        ]:
-            self._step([grown[n] for n in going], [answers[n] for n in going])
+        finish(self.model, grown, answers, ends, max_tokens, eos)
         return [
             answer[: answer.index(eos)] if eos in answer else answer[:max_tokens]
             for answer in answers
         ]
 
-    def _step(self, caches: Sequence[Cache], answers: Sequence[list[int]]) -> None:
-        """Each cache takes its answer's last token, each answer one more."""
-        before = len(self._ids) - 1
-        positions = [before + len(answer) for answer in answers]
-        last = [answer[-1:] for answer in answers]
-        for cache, answer, own in zip(
-            caches, answers, self._extended(caches, last, positions), strict=True
-        ):
-            answer.append(int(self.model.logits(own.hidden).argmax()))
-            for layer, (k, v) in enumerate(own.layers):
-                past = cache[layer]
-                cache[layer] = (torch.cat([past[0], k]), torch.cat([past[1], v]))
-
     def forced_hidden(
-        self, caches: Sequence[Cache], answer: Sequence[int]
+        self,
+        caches: Sequence[Cache],
+        answer: Sequence[int],
+        ends: Sequence[int] | None = None,
     ) -> list[Extension]:
         """What each cache makes of the prompt's last token and these after it.
 
-        Row i of ``hidden`` is that from which token i of an answer follows.
+        Row i of ``hidden`` is that from which token i of an answer follows. ``ends``:
+        the position of that last token for each cache, where it is of another prompt
+        with the same last token; None: all are of this one.
         """
         ids = [int(self._ids[-1]), *answer]
-        first = len(self._ids) - 1
-        return self._extended(caches, [ids] * len(caches), [first] * len(caches))
+        first = self._ends(caches, ends)
+        return self._extended(caches, [ids] * len(caches), first)
+
+    def _ends(
+        self, caches: Sequence[Cache], ends: Sequence[int] | None
+    ) -> Sequence[int]:
+        return [len(self._ids) - 1] * len(caches) if ends is None else ends
 
     def _extended(
         self,
@@ -204,8 +208,9 @@ class SharedLayers:
     ) -> list[Extension]:
         """Each cache's tokens, as many for all, from a position of its own on."""
         count, size = len(caches), len(ids[0])
-        positions = (torch.tensor(first)[:, None] + torch.arange(size)).flatten()
-        hidden = self.model.embed(torch.tensor(ids).flatten())
+        starts = torch.tensor(first, device=self._device)[:, None]
+        positions = (starts + torch.arange(size, device=self._device)).flatten()
+        hidden = self.model.embed(torch.tensor(ids, device=self._device).flatten())
         batch = _BatchDecoder(self.model.config, self.model.weights)
         layers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in caches]
         for layer in range(self.shape.num_layers):
@@ -222,7 +227,7 @@ class SharedLayers:
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """See `DecoderModel.embed`; a path through the layers begins."""
-        self._path = (token_ids.numpy().tobytes(),)
+        self._path = _digest(b"", token_ids)
         return self.model.embed(token_ids)
 
     def run_layer(
@@ -282,3 +287,7 @@ class SharedLayers:
     def exchange(self, failed: bool, digest: bytes) -> Verdict:
         """There is one rank."""
         return Verdict.FAILED if failed else Verdict.SAME
+
+
+def _digest(before: bytes, numbers: Tensor) -> bytes:
+    return hashlib.blake2b(before + numbers.cpu().numpy().tobytes()).digest()

@@ -96,9 +96,10 @@ def _layers(group: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return layers | ({"none": counts[None]} if counts[None] else {})
 
 
-def _place(policy: str) -> tuple[int, str, int]:
+def _place(policy: str) -> tuple[int, str, int, str]:
     fixed = (FULL, *CONTROLS)
     if policy in fixed:
-        return fixed.index(policy), "", 0
-    name, _, layer = policy.partition("@")
-    return len(fixed), name, int(layer or -1)
+        return fixed.index(policy), "", 0, ""
+    label, _, variant = policy.partition(" ")
+    name, _, layer = label.partition("@")
+    return len(fixed), name, int(layer or -1), variant

@@ -92,19 +92,22 @@ def test_answers_found_together_are_those_found_alone() -> None:
     model = DirectModel(MODEL, LENGTH, WINDOW)
     made = variant(MODEL, 32, RULE, ["asl"])
     budgets = {"full": [None], "asl": [KEPT, 150], "gemfilter": [41, KEPT, 150]}
-    asked = [
+    pairs = [
         (made, Cell(policy, policy, budget))
         for policy, sizes in budgets.items()
         for budget in sizes
     ]
     ids = key_value(1, LENGTH).token_ids
     model.layers.begin_prompt(ids)
-    alone = [model.reply(*pair, ids, 6) for pair in asked]
+    short = [*ids[:1], *ids[-60:]]
+    asked = [(*pair, ids) for pair in pairs]
+    asked.append((made, Cell("recency", "recency", 61), short))
+    alone = [model.reply(*one, 6) for one in asked]
     right = alone[0].text
     assert len({reply.text for reply in alone}) > 1
     for guess in ("", right, right.split()[0], alone[-1].text, "red"):
-        assert model.replies(asked, ids, 6, guess) == alone, guess
-    assert model.replies([], ids, 6) == []
+        assert model.replies(asked, 6, guess) == alone, guess
+    assert model.replies([], 6) == []
 
 
 def test_cells_that_coincide_are_answered_once(tmp_path: Path) -> None:
@@ -113,12 +116,15 @@ def test_cells_that_coincide_are_answered_once(tmp_path: Path) -> None:
         *("--direct", MODEL, "--policies", "asl,asl,recency", "--asl-layers", "6"),
         *("--policy-config", json.dumps(RULE | {"selection_layer": 6})),
         *("--tasks", "needle", "--lengths", "300", "--budgets", "1/4,75,0.25"),
+        *("--pool-kernels", "3"),
         *("--n", "2", "--concurrency", "1", "--output", str(output)),
     ]
     assert main(arguments) == 0
     found = [(row["policy"], row["budget"], row["index"]) for row in rows(output)]
     assert sorted(found) == sorted(
-        (policy, 75, index) for policy in ("asl@6", "recency") for index in range(2)
+        (policy, 75, index)
+        for policy in ("asl@6", "asl@6 pooled 3", "recency")
+        for index in range(2)
     )
 
 

@@ -277,6 +277,8 @@ def test_servers_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ["--fastkv-layers", "3"],
         ["--start", "MODEL", "--fastkv-layers", "3", "--policies", "full"],
         ["--block-size", "16"],
+        ["--device", "cuda"],
+        ["--pool-kernels", "7"],
         ["--policy-config", "{"],
     ],
 )

@@ -70,7 +70,10 @@ class TinyDecoder:
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, dtype: torch.dtype = torch.float32
+        cls,
+        model_dir: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> "TinyDecoder":
         """Read config.json and every *.safetensors file; cast the weights to dtype."""
         model_dir = Path(model_dir)
@@ -78,7 +81,7 @@ class TinyDecoder:
         weights = {}
         for path in sorted(model_dir.glob("*.safetensors")):
             for name, tensor in load_file(path).items():
-                weights[name] = tensor.to(dtype)
+                weights[name] = tensor.to(device, dtype)
         return cls(DecoderConfig.from_dict(config), weights)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -130,7 +133,8 @@ class TinyDecoder:
 
         Its positions begin at first.
         """
-        positions = torch.arange(first, first + len(token_ids))
+        device = token_ids.device
+        positions = torch.arange(first, first + len(token_ids), device=device)
         hidden = self.embed(token_ids)
         for index in range(self.config.num_layers):
             hidden = self.layer(index, hidden, positions).hidden
@@ -154,7 +158,7 @@ class TinyDecoder:
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Neox-style RoPE: dimension i is paired with i + D/2. x: [M, heads, D]."""
         half = self.config.head_dim // 2
-        exponent = torch.arange(half, dtype=torch.float32) / half
+        exponent = torch.arange(half, dtype=torch.float32, device=x.device) / half
         angle = positions[:, None].float() * self.config.rope_theta**-exponent
         cos = angle.cos().to(x.dtype)[:, None]
         sin = angle.sin().to(x.dtype)[:, None]
@@ -174,7 +178,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     qh = (q * head_dim**-0.5).transpose(0, 1).unflatten(0, (num_kv_heads, group))
     kh = k.permute(1, 2, 0).contiguous()  # [Hkv, D, T]
     vh = v.transpose(0, 1).contiguous()  # [Hkv, T, D]
-    future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
+    square = (QUERY_BLOCK, QUERY_BLOCK)
+    future = torch.ones(square, dtype=torch.bool, device=q.device).triu(1)
     out = []
     for start in range(0, num_q, QUERY_BLOCK):
         stop = min(num_q, start + QUERY_BLOCK)
