@@ -15,12 +15,19 @@ MID_DEPTH = "asl after layer 15"
 
 def main() -> None:
     """Writes the picture."""
-    prefill = json.loads((RESULTS / "nvidia-h200/prefill-8b-compiled.json").read_text())
+    speed = json.loads((RESULTS / "nvidia-h100-80gb-hbm3/speed-8b.json").read_text())
     cpu = json.loads((RESULTS / "cpu-epyc-2core.json").read_text())
     pyplot = plots.pyplot()
     size: Any = {"figsize": (8.2, 2.9), "layout": "constrained"}
     figure, (left, right) = pyplot.subplots(1, 2, width_ratios=(2, 1), **size)
-    _first_token(left, [row for row in prefill["rows"] if row["engine"] == MID_DEPTH])
+    _first_token(
+        left,
+        [
+            row
+            for row in speed["rows"]
+            if (row["experiment"], row.get("engine")) == ("prefill", MID_DEPTH)
+        ],
+    )
     _at_once(right, cpu["experiments"]["capacity"])
     plots.save(figure, IMAGE)
 
@@ -39,7 +46,7 @@ def _first_token(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(places, [f"{row['tokens'] // 1024}k tokens" for row in rows])
     axes.set_yticks([])
     axes.set_ylim(top=1.35)
-    axes.set_title("Time to first token, Llama 8B's shape, one H200", fontsize=10)
+    axes.set_title("Time to first token, Llama 8B's shape, one H100", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
 
 

@@ -41,7 +41,7 @@ def test_every_policy_has_a_row(name: str) -> None:
     assert f"\n- `{name}`: " in text
 
 
-TABLES = ["option_table.py", "endpoint_table.py", "model_table.py"]
+TABLES = ["option_table.py", "endpoint_table.py", "gpu_table.py", "model_table.py"]
 
 
 @pytest.mark.parametrize("name", TABLES)

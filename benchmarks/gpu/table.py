@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments import EXPERIMENTS
 from benchmarks.gpu.stage import Row
-from benchmarks.report import cell
+from benchmarks.report import cell, title_and_text
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
@@ -52,6 +53,17 @@ def markdown_rows(rows: Sequence[Row]) -> str:
 
     body = [line([cell(row.get(column)) for column in columns]) for row in rows]
     return "\n".join([line(columns), "|" + "---|" * len(columns), *body])
+
+
+def figures(rows: Sequence[Row]) -> str:
+    """The rows of a pair of engines: a titled table an experiment."""
+    parts = []
+    for name in dict.fromkeys(row["experiment"] for row in rows):
+        columns = EXPERIMENTS[name].COLUMNS
+        own = [row for row in rows if row["experiment"] == name]
+        shown = [{column: row.get(column) for column in columns} for row in own]
+        parts += [f"**{title_and_text(name)[0]}.**", markdown_rows(shown)]
+    return "\n\n".join(parts)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
