@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL, warm
 
 MODEL_NAME = "tiny"
 VLLM_SERVE = ("vllm.entrypoints.cli.main", "serve")
@@ -30,7 +30,7 @@ class Server:
     def __init__(
         self,
         url: str,
-        process: subprocess.Popen[bytes],
+        process: subprocess.Popen[bytes] | warm.Process,
         log: Path,
         key: str,
         authority: Path | None,
@@ -106,15 +106,19 @@ def serve_command(
         port = probe.getsockname()[1]
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
+    process: subprocess.Popen[bytes] | warm.Process
     with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=cwd,
-            start_new_session=True,
-        )
+        if cwd is None and warm.can_run(command, env):
+            process = warm.start(command, sink, environment)
+        else:
+            process = subprocess.Popen(
+                command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+            )
     scheme, authority = ("https", certificate[1]) if certificate else ("http", None)
     server = Server(f"{scheme}://127.0.0.1:{port}", process, log, key, authority)
     try:

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from asl_vllm.selection.budget import resolve_kept
-from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL, warm
 from asl_vllm_testing.harness import BLOCK
 from asl_vllm_testing.oracle.asl import generate
 from asl_vllm_testing.oracle.model import TinyDecoder
@@ -78,7 +78,8 @@ async def run() -> tuple[list[Any], str]:
 
 
 def test_each_engine_equals_the_oracle() -> None:
-    outputs, refusal = asyncio.run(run())
+    with warm.spawning():
+        outputs, refusal = asyncio.run(run())
     model = TinyDecoder.load(TINY_MODEL)
     for output, ids in zip(outputs, 2 * PROMPTS, strict=True):
         kept = resolve_kept(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL, warm
 from asl_vllm_testing.harness import Engine, engine
 
 
@@ -58,7 +58,8 @@ def stock_answers(
     context = multiprocessing.get_context("spawn")
     source, sink = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sink, str(model), vocab, options))
-    process.start()
+    with warm.spawning():
+        process.start()
     sink.close()
     want: list[Any] = source.recv()
     process.join()

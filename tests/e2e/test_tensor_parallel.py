@@ -15,6 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from asl_vllm.config import POLICY_NAMES
+from asl_vllm_testing import warm
 from asl_vllm_testing.harness import BLOCK, Engine, engine
 from asl_vllm_testing.oracle.asl import generate
 from asl_vllm_testing.oracle.model import TinyDecoder
@@ -100,7 +101,10 @@ def test_two_ranks_equal_one_and_the_oracle_and_fail_together(
     policy = {"policy": "asl", **RULE}
     with engine(random_model, policy=policy) as one:
         want = answers(one.llm)
-    with engine(random_model, policy=policy, tensor_parallel_size=2) as two:
+    with (
+        warm.spawning(),
+        engine(random_model, policy=policy, tensor_parallel_size=2) as two,
+    ):
         got = answers(two.llm)
         assert two.free_blocks == two.start_free
         for place in PLACES:
