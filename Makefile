@@ -23,9 +23,10 @@ demo-chat: setup ## Serve a real model (93 MB, once) and ask it about a long tex
 
 test: setup ## Lint, check types and run every test
 	$(BIN)/ruff check
-	$(BIN)/mypy
-	@# Apart: vLLM must not see an interpreted Triton.
-	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	@# The kernels' tests apart: vLLM must not see an interpreted Triton. mypy beside
+	@# them: it keeps one core busy.
+	$(BIN)/mypy & types=$$!; TRITON_INTERPRET=1 $(PYTEST) tests/triton; \
+	    tests=$$?; wait $$types && exit $$tests
 	$(PYTEST) --ignore=tests/triton
 	@# The supported vLLM that has no CPU build; downloads its wheel once.
 	$(BIN)/python scripts/try_vllm.py --supported
