@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -81,6 +82,13 @@ class Engine:
         )
 
 
+@contextmanager
+def _garbage_is_left() -> Iterator[None]:
+    """vLLM collects it eight times around an engine, at half a second each."""
+    with patch.object(gc, "collect", lambda *_: 0):
+        yield
+
+
 LIVE: list[Engine] = []
 """Engines that run now; each is checked after each test (conftest.py)."""
 
@@ -107,7 +115,8 @@ def engine(
     }
     if policy is not None:
         options["additional_config"] = {"asl_vllm": policy}
-    llm = LLM(str(model), **options)
+    with _garbage_is_left():
+        llm = LLM(str(model), **options)
     host = Engine(llm)
     LIVE.append(host)
     try:
@@ -116,10 +125,12 @@ def engine(
             host.check()
     finally:
         LIVE.remove(host)
-        llm.llm_engine.engine_core.shutdown()
+        with _garbage_is_left():
+            llm.llm_engine.engine_core.shutdown()
         del llm, host
         gc.collect()
-        cleanup_dist_env_and_memory()
+        with _garbage_is_left():
+            cleanup_dist_env_and_memory()
 
 
 def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:
