@@ -1,4 +1,4 @@
-"""The kernels for GPUs that are not there: they compile, and spill next to no registers."""
+"""The kernels for GPUs that are not there: they compile, and spill next to nothing."""
 
 from __future__ import annotations
 
