@@ -128,7 +128,11 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if model.is_encoder_decoder:
         yield ("a decoder-only model", "an encoder-decoder model", remedy)
     if model.supports_multimodal_inputs:
-        yield ("text prompts", "a multimodal model", remedy)
+        yield (
+            "text prompts",
+            "a multimodal model",
+            "pass --language-model-only, without --enable-mm-embeds",
+        )
     if model.use_mla:
         yield ("ordinary KV heads", "multi-head latent attention (MLA)", remedy)
     if model.is_hybrid or model.is_attention_free or model.has_inner_state:

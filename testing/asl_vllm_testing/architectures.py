@@ -42,6 +42,10 @@ class Architecture:
     way: str
     more: dict[str, Any] = field(default_factory=dict)
     """Of its config.json, beside `SIZES`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the engine."""
+    needs: str = ""
+    """A package that vLLM imports for it and its CPU build does not bring."""
 
     def write(self, folder: Path) -> str:
         """A model folder without weights."""
@@ -50,6 +54,30 @@ class Architecture:
 
         own = {"model_type": self.model_type, "architectures": [self.name]}
         return model_dir(folder, **{**SIZES, **own, **self.more})
+
+
+def _rope(*sections: int, **more: Any) -> dict[str, Any]:
+    """Rotary positions of several numbers, with so many frequencies each."""
+    kind = {"rope_type": "default", "rope_theta": 1e4}
+    return {"rope_parameters": {**kind, "mrope_section": list(sections), **more}}
+
+
+def _text_of(
+    name: str,
+    model_type: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    needs: str = "torchvision",
+) -> Architecture:
+    """A multimodal model of which only the text part is loaded."""
+    return Architecture(
+        name,
+        model_type,
+        DIRECT,
+        {"text_config": {**SIZES, **text}, "vision_config": vision},
+        {"language_model_only": True},
+        needs,
+    )
 
 
 ARCHITECTURES = (
@@ -96,6 +124,12 @@ ARCHITECTURES = (
     ),
     Architecture("LlamaForCausalLM", "llama", DIRECT),
     Architecture("MistralForCausalLM", "mistral", DIRECT, {"sliding_window": None}),
+    _text_of(
+        "Mistral3ForConditionalGeneration",
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "pixtral"},
+    ),
     Architecture(
         "MixtralForCausalLM", "mixtral", DIRECT, {**_EXPERTS, "sliding_window": None}
     ),
@@ -103,6 +137,19 @@ ARCHITECTURES = (
     Architecture("Olmo2ForCausalLM", "olmo2", LIST),
     Architecture("OlmoeForCausalLM", "olmoe", DIRECT, _EXPERTS),
     Architecture("Phi3ForCausalLM", "phi3", DIRECT, {"sliding_window": None}),
+    _text_of(
+        "PaddleOCRVLForConditionalGeneration",
+        "paddleocr_vl",
+        {"model_type": "paddleocr_vl_text", **_rope(4, 4, 8)},
+        {},
+        needs="",
+    ),
+    _text_of(
+        "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
+        {"model_type": "qwen2_5_vl_text", **_rope(4, 6, 6)},
+        {},
+    ),
     Architecture("Qwen2ForCausalLM", "qwen2", DIRECT),
     Architecture(
         "Qwen2MoeForCausalLM",
@@ -117,6 +164,12 @@ ARCHITECTURES = (
         DIRECT,
         {**_EXPERTS, "decoder_sparse_step": 1},
     ),
+    _text_of(
+        "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
+        {"model_type": "qwen3_vl_text", **_rope(6, 5, 5, mrope_interleaved=True)},
+        {},
+    ),
     Architecture("SeedOssForCausalLM", "seed_oss", LIST),
     Architecture("SmolLM3ForCausalLM", "smollm3", LIST),
     Architecture("StableLmForCausalLM", "stablelm", HIDDEN),
@@ -129,6 +182,12 @@ def table() -> str:
     rows = [
         "| Architecture | `model_type` | Layers are called by |",
         "|---|---|---|",
-        *(f"| {a.name} | {a.model_type} | {a.way} |" for a in ARCHITECTURES),
+        *(f"| {a.name} | {a.model_type}{_notes(a)} | {a.way} |" for a in ARCHITECTURES),
     ]
     return "\n".join(rows)
+
+
+def _notes(architecture: Architecture) -> str:
+    notes = [", text only"] * ("language_model_only" in architecture.options)
+    notes += [f", with {architecture.needs}"] * bool(architecture.needs)
+    return "".join(notes)

@@ -42,6 +42,8 @@ WAYS = {
     HIDDEN: "GPT2LMHeadModel",
     LIST: "Olmo2ForCausalLM",
 }
+SEVERAL = "PaddleOCRVLForConditionalGeneration"
+"""Each of its positions is three numbers."""
 TOKENS = 60
 
 
@@ -68,12 +70,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any
     looked = pytest.MonkeyPatch()
     looked.setattr(registry, "_run_in_subprocess", lambda function: function())
     by_name = {a.name: a for a in ARCHITECTURES}
-    for name in sorted(set(WAYS.values())):
+    for name in sorted({*WAYS.values(), SEVERAL}):
         config = engine_config(
             {"policy": "asl", "window": 16, "l_min": 1, "l_obs": 2},
             model=by_name[name].write(tmp_path_factory.mktemp("models") / name),
             load_format="dummy",
             block_size=32,
+            **by_name[name].options,
         )
         with set_current_vllm_config(config), random_weights():
             made[name] = get_model(vllm_config=config), config
@@ -150,6 +153,25 @@ def test_a_way_is_exact_and_leaves_vllm_as_it_was(
             decoder.run_layer(1, positions, hidden, 0, Tap(error))
         assert state_of(model) == before
         assert parallel_state._PP is group
+
+
+@torch.inference_mode()
+def test_positions_are_as_vllm_gives_them(loaded: Any) -> None:
+    """Also those that a prompt's selected tokens have."""
+    model, config = loaded[SEVERAL]
+    decoder = decoder_of(model, config)
+    wanted, delta = model.get_mrope_input_positions([5] * TOKENS, [])
+    assert (wanted.shape, delta) == ((3, TOKENS), 0)
+    seen: list[torch.Tensor] = []
+    layer = list_of_layers(model)[2][1]
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    selected = torch.tensor([0, 7, TOKENS - 1])
+    for positions in (torch.arange(TOKENS), selected):
+        hidden = decoder.embed(positions + 3, positions)
+        decoder.run_layer(1, positions, hidden, 0, Tap())
+    hook.remove()
+    assert torch.equal(seen[0], wanted)
+    assert torch.equal(seen[1], wanted[:, selected])
 
 
 class Operations(TorchDispatchMode):

@@ -239,10 +239,10 @@ REFUSED = [
         model=WHISPER,
     ),
     Refused(
-        "Multimodal models",
+        "Multimodal models, but for text alone with `--language-model-only`",
         needed="text prompts",
         got="a multimodal model",
-        remedy="choose another model",
+        remedy="pass --language-model-only",
         model=QWEN2_AUDIO,
     ),
     Refused(
@@ -558,6 +558,14 @@ def test_architectures_are_not_refused_by_name(
     """Whether layers can be called one by one shows once the model is loaded."""
     config = engine_config(ASL, model=model_dir(tmp_path / "model", **model))
     assert config.parallel_config.worker_cls in launch.WORKERS.values()
+
+
+def test_a_multimodal_model_may_serve_text(tmp_path: Path) -> None:
+    model = model_dir(tmp_path / "model", **QWEN2_AUDIO)
+    config = engine_config(ASL, model=model, language_model_only=True)
+    assert config.parallel_config.worker_cls in launch.WORKERS.values()
+    with pytest.raises(UnsupportedError, match="a multimodal model"):
+        engine_config(ASL, model=model, language_model_only=True, enable_mm_embeds=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from asl_vllm.engine.worker.pool_rows import PoolRows
 from asl_vllm.engine.worker.ranks import Ranks, among_ranks
 from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.engine.worker.stages.find import attention_layers, list_of_layers
+from asl_vllm.engine.worker.stages.positions import of_text, position_dimensions
 from asl_vllm.engine.worker.stages.proof import Proof
 from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
 
@@ -76,6 +77,7 @@ class VllmDecoder(Ranks):
         chunk_tokens = settings_of(vllm_config).chunk_tokens
         self._chunks = ChunkMetadata(builder, scratch, chunk_tokens)
         self._fused = FusedLayers(list_of_layers(model)[2])
+        self._dimensions = position_dimensions(vllm_config.model_config)
         with among_ranks("the check of the model's layers"):
             self.found = Proof(
                 model,
@@ -85,6 +87,7 @@ class VllmDecoder(Ranks):
                 tokens=min(chunk_tokens, len(scratch.slots)),
                 dtype=shape.dtype,
                 vocabulary=vllm_config.model_config.get_vocab_size(),
+                dimensions=self._dimensions,
                 device=shape.device,
             ).find()
         self._stages = self.found.stages
@@ -97,7 +100,7 @@ class VllmDecoder(Ranks):
 
     def _embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         with self._around(0, len(token_ids), ()):
-            return self._stages.embed(token_ids, positions)
+            return self._stages.embed(token_ids, of_text(positions, self._dimensions))
 
     @torch.inference_mode()
     def run_layer(
@@ -176,7 +179,7 @@ class VllmDecoder(Ranks):
     ) -> None:
         with self._around(start, start + len(hidden), (layer,), lengths), lent:
             try:
-                self._stages.run(layer, positions, hidden)
+                self._stages.run(layer, of_text(positions, self._dimensions), hidden)
             except KeysTaken:
                 return
 

@@ -14,8 +14,9 @@ class NoResidualError(Exception):
 class Stages(Protocol):
     """One way of calling a model's layers; needs a forward context around each call.
 
-    Between two layers a token's state is one row of E numbers. Whatever a call changes
-    in vLLM is as it was when the call returns or raises.
+    Between two layers a token's state is one row of E numbers. Positions are as the
+    model takes them (`positions.of_text`). Whatever a call changes in vLLM is as it was
+    when the call returns or raises.
     """
 
     name: str

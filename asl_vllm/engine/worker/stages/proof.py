@@ -22,6 +22,7 @@ from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.worker.stages.base import NoResidualError, Stages
 from asl_vllm.engine.worker.stages.find import runs_on_transformers
 from asl_vllm.engine.worker.stages.pipeline import DirectStages, PipelineStages
+from asl_vllm.engine.worker.stages.positions import of_text
 from asl_vllm.engine.worker.stages.transformers import TransformersStages
 from asl_vllm.prefill import LayerTap
 
@@ -83,6 +84,7 @@ class Proof:
         tokens: Most tokens of a chunk.
         dtype: Of the activations: how much rounding is allowed.
         vocabulary: Token ids below this are used.
+        dimensions: Numbers that a position has.
         device: Where the model is.
     """
 
@@ -96,13 +98,15 @@ class Proof:
         tokens: int,
         dtype: torch.dtype,
         vocabulary: int,
+        dimensions: int,
         device: torch.device,
     ) -> None:
         self._model, self._attentions = model, attentions
         self._around, self._greatest = around, greatest
         self._count = min(PROOF_TOKENS, tokens)
-        self._positions = torch.arange(self._count, device=device)
-        self._ids = (self._positions * 7919 + 5) % vocabulary
+        places = torch.arange(self._count, device=device)
+        self._positions = of_text(places, dimensions)
+        self._ids = (places * 7919 + 5) % vocabulary
         # Kernels may round otherwise for another number of rows, activations may be
         # quantised by their greatest, and of many layers in 16 bits it adds up.
         self._allowed = 1e-4 if dtype == torch.float32 else 0.1
@@ -202,7 +206,9 @@ class Proof:
         with self._recording([layer]) as (record,):
             for start, end in chunks:
                 with self._around(start, end, [layer]):
-                    stages.run(layer, self._positions[start:end], hidden[start:end])
+                    stages.run(
+                        layer, self._positions[..., start:end], hidden[start:end]
+                    )
         return record.whole()
 
     @contextmanager
