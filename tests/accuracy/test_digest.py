@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import digest
+from benchmarks.accuracy import digest, report
 from benchmarks.accuracy.summary import summary
 from tests.accuracy.records import RECORDS, record
 
@@ -82,6 +83,17 @@ def test_documents_quote_the_digest(capsys: pytest.CaptureFixture[str]) -> None:
     quoted = [line for line in study.splitlines() if line.startswith("| ")]
     assert len(quoted) > 50
     assert [line for line in quoted if line not in printed] == []
+
+
+def test_documents_quote_the_real_model() -> None:
+    path = ROOT / "benchmarks" / "results" / "accuracy-smollm2.json"
+    rows = json.loads(path.read_text())["cells"]
+    text = (ROOT / "docs" / "accuracy.md").read_text()
+    for cell in (report.score_cell, report.work_cell):
+        assert report.markdown_table(report.table(rows, cell)) in text
+    assert {row["n"] for row in rows} == {
+        int(text.split(" test prompts")[0].split()[-1])
+    }
 
 
 def test_a_bad_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
