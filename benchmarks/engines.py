@@ -80,7 +80,7 @@ class EngineProcess:
         )
         self._process.start()
         child.close()
-        self.prefill_bytes = 0
+        self.prefill_bytes: int = 0
         """Bytes reserved for prefills outside the KV pool; 0 for stock vLLM."""
 
     def wait_until_ready(self) -> None:
@@ -145,7 +145,7 @@ class Forgetful:
 
     def __init__(self, engine: EngineProcess | Variant) -> None:
         self.name, self.stock = engine.name, engine.stock
-        self.prefill_bytes = engine.prefill_bytes
+        self.prefill_bytes: int = engine.prefill_bytes
         self._engine = engine
 
     def run(self, asks: Sequence[Ask]) -> Trace:

@@ -20,7 +20,7 @@ BLOCK_SIZE = 32
 def block_bytes(shape: Shape, itemsize: int) -> int:
     """Bytes of a block in all layers, keys and values."""
     width = 2 * shape["kv_heads"] * shape["head_dim"] * itemsize
-    return BLOCK_SIZE * shape["layers"] * width
+    return int(BLOCK_SIZE * shape["layers"] * width)
 
 
 def run(bench: Bench) -> Iterator[dict[str, Any]]:

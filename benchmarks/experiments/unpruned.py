@@ -47,13 +47,13 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
                 of_all = times.setdefault(what, {name: [] for name in found})
                 for name, values in found.items():
                     of_all[name] += values
-    for what, values in times.items():
+    for what, both in times.items():
         yield {
             "what": what,
-            "stock_ms": median(values, STOCK) * 1e3,
-            "ours_ms": median(values, "asl") * 1e3,
-            "ratio": ratio(values, "asl"),
-            "rounds": len(values[STOCK]),
+            "stock_ms": median(both, STOCK) * 1e3,
+            "ours_ms": median(both, "asl") * 1e3,
+            "ratio": ratio(both, "asl"),
+            "rounds": len(both[STOCK]),
         }
 
 
