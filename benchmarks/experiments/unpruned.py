@@ -30,8 +30,7 @@ BATCH, PROMPT, OUTPUT = 4, 128, 32
 def run(bench: Bench) -> Iterator[dict[str, Any]]:
     """Yields time to first token, inter-token latency and time of a whole batch.
 
-    Where memory lies differs by process and moves times by a few per cent, so engines
-    start several times.
+    Engines start several times, so that no single process decides.
     """
     rounds = ROUNDS_FACTOR * bench.scale.rounds
     times: dict[str, dict[str, list[float]]] = {}
