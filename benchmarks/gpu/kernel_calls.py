@@ -71,7 +71,6 @@ def attending(device: torch.device, dtype: torch.dtype) -> None:
             sinks=sink,
         )
         attention.reference.attention_at(*given, DIM**-0.5, want, *more)
-        # Half a unit in the last place of what is stored.
         error = (got.float() - want.float()).abs().max().item()
         assert error <= ATTENTION_TOLERANCE[dtype], f"off by {error}"
 

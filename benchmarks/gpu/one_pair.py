@@ -54,13 +54,9 @@ class OnePair(Bench):
                 f"{self.max_model_len} in {self.pool_tokens}."
             )
         plain, ours = self.pair
-        wanted: list[Measured] = [plain] if stock else []
+        wanted: list[EngineProcess | Variant] = [plain] if stock else []
         wanted += [Variant(name, ours, policy) for name, policy in policies.items()]
-        if not enable_prefix_caching:
-            wanted = [
-                Forgetful(e) for e in wanted if isinstance(e, EngineProcess | Variant)
-            ]
-        yield wanted
+        yield [*wanted] if enable_prefix_caching else [*map(Forgetful, wanted)]
 
 
 @contextmanager

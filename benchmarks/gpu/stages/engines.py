@@ -177,6 +177,18 @@ def judge(what: str, requests: Sequence[Any], pruned: bool) -> Row:
     return row
 
 
+def both(running: Any, prompts: Sequence[list[int]]) -> Iterator[Row]:
+    """The prompts unpruned and pruned, each time in one batch; a row each."""
+    from asl_vllm_testing.harness import run_to_end
+
+    plain = ask(running, prompts, "plain")
+    run_to_end(running, *plain)
+    yield judge("without a budget", plain, pruned=False)
+    batch = ask(running, prompts, "batch", budget=BUDGET)
+    run_to_end(running, *batch)
+    yield judge("pruned, in one batch", batch, pruned=True)
+
+
 def near(got: int | None, want: int | None) -> bool:
     """Whether two selections are of about the same layer; none is only none."""
     if got is None or want is None:
@@ -200,12 +212,7 @@ def run_way(way: Way, host: Host) -> Iterator[Row]:
     with engine(MODEL, **options) as running:
         yield from what_runs(running, way, host)
         captured = replays.count
-        plain = ask(running, prompts, "plain")
-        run_to_end(running, *plain)
-        yield judge("without a budget", plain, pruned=False)
-        batch = ask(running, prompts, "batch", budget=BUDGET)
-        run_to_end(running, *batch)
-        yield judge("pruned, in one batch", batch, pruned=True)
+        yield from both(running, prompts)
         if way.bands > 1:
             full = ask(running, prompts, "full", budget=BUDGET, kv_shallow="full")
             run_to_end(running, *full)

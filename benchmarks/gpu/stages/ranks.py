@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.gpu.expected import BUDGET, MODEL, load
+from benchmarks.gpu.expected import MODEL, load
 from benchmarks.gpu.stage import Host, Row, Skipped, Stage
 from benchmarks.gpu.stages.engines import (
     FLASH,
     Way,
-    ask,
-    judge,
+    both,
     options_of,
     pool_row,
 )
@@ -26,16 +25,11 @@ def run(host: Host) -> Iterator[Row]:
 
         if (found := torch.cuda.device_count()) < RANKS:
             raise Skipped(f"needs {RANKS} GPUs; there is {found}")
-    from asl_vllm_testing.harness import assert_pool_whole, engine, run_to_end
+    from asl_vllm_testing.harness import assert_pool_whole, engine
 
     prompts = [want.prompt for want in load()]
     with engine(MODEL, **options_of(way, host)) as running:
-        plain = ask(running, prompts, "plain")
-        run_to_end(running, *plain)
-        yield judge("without a budget", plain, pruned=False)
-        batch = ask(running, prompts, "batch", budget=BUDGET)
-        run_to_end(running, *batch)
-        yield judge("pruned, in one batch", batch, pruned=True)
+        yield from both(running, prompts)
         yield pool_row(running, assert_pool_whole)
 
 
