@@ -6,8 +6,12 @@ BIN := .venv/bin
 # tests stay together; tests/conftest.py puts the long ones first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
+ifeq ($(MAKECMDGOALS),test)
+MAKEFLAGS += --jobs=2  # suite and beside
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chat test weights fuzz soak audit bench format lint clean
+.PHONY: help setup demo demo-chat test style suite beside weights fuzz soak audit bench format lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -21,15 +25,23 @@ demo: setup ## Serve the small model and ask it one question under several budge
 demo-chat: setup ## Serve a real model (93 MB, once) and ask it about a long text
 	@$(BIN)/python scripts/demo_chat.py
 
-test: setup ## Lint, check types and run every test
+test: suite beside ## Lint, check types and run every test
+
+style: setup
 	$(BIN)/ruff check
-	@# The kernels' tests apart: vLLM must not see an interpreted Triton. mypy beside
-	@# them: it keeps one core busy.
-	$(BIN)/mypy & types=$$!; TRITON_INTERPRET=1 $(PYTEST) tests/triton; \
-	    tests=$$?; wait $$types && exit $$tests
+
+suite: style
 	$(PYTEST) --ignore=tests/triton
-	@# The supported vLLM that has no CPU build; downloads its wheel once.
-	$(BIN)/python scripts/try_vllm.py --supported
+
+# Beside the suite, whose workers wait for servers a fifth of the time: types, the
+# kernels' tests (vLLM must not see an interpreted Triton) and the supported vLLM that
+# has no CPU build, of which a wheel is downloaded once. Shown when all have ended.
+beside: style
+	@mkdir -p build; status=0; { \
+	    nice -n 5 $(BIN)/mypy || status=1; \
+	    TRITON_INTERPRET=1 nice -n 5 $(PYTEST) tests/triton || status=1; \
+	    nice -n 5 $(BIN)/python scripts/try_vllm.py --supported || status=1; \
+	} > build/beside.log 2>&1; cat build/beside.log; exit $$status
 
 weights: setup ## Fetch a real model of 135M parameters for the tests (needs the network)
 	@$(BIN)/python -m asl_vllm_testing.real_model
