@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from asl_vllm.config import BUILT_IN_POLICIES
+from asl_vllm_testing import warm
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -47,9 +47,11 @@ TABLES = ["option_table.py", "endpoint_table.py", "gpu_table.py", "model_table.p
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_a_document_is_the_codes(name: str) -> None:
     script = ROOT / "scripts" / name
-    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, (
-        f"run {script.relative_to(ROOT)}"
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    ran = warm.run(
+        [sys.executable, "-c", code, "--check"], PYTHONPATH=str(script.parent)
     )
+    assert ran.returncode == 0, f"run {script.relative_to(ROOT)}: {ran.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

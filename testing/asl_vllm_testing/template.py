@@ -49,6 +49,8 @@ class Job:
     """Those of an interpreter: ``-m MODULE ...`` or ``-c CODE ...``."""
     session: bool = False
     """Whether the process leads a session of its own."""
+    folder: str | None = None
+    """Where it runs; None: where the template does."""
 
     def run(self) -> None:
         """Does it in this process."""
@@ -148,6 +150,8 @@ def _take_place(job: Job, received: Sequence[int]) -> Job:
         os.close(descriptor)
     if job.session:
         os.setsid()
+    if job.folder is not None:
+        os.chdir(job.folder)
     os.environ.clear()
     os.environ.update(job.environment)
     path = job.environment.get("PYTHONPATH", "").split(os.pathsep)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import IO
 
+from asl_vllm.engine.lines import UNTESTED_VARIABLE
 from asl_vllm_testing.template import Job, Template
 
 READ_LATE = frozenset(
     {
+        "PYTHONPATH",
+        UNTESTED_VARIABLE,
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
         "VLLM_ENABLE_RESPONSES_API_STORE",
         "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -28,7 +34,7 @@ READ_LATE = frozenset(
         "VLLM_SERVER_DEV_MODE",
     }
 )
-"""Variables that vLLM reads after it was imported."""
+"""Variables that hold in a fork: read after vLLM was imported, or by the template."""
 
 
 class Process:
@@ -86,13 +92,58 @@ def can_run(command: Sequence[str], variables: Mapping[str, str]) -> bool:
 
 
 def start(
-    command: Sequence[str], output: IO[bytes], environment: Mapping[str, str]
+    command: Sequence[str],
+    output: IO[bytes],
+    environment: Mapping[str, str],
+    *,
+    errors: IO[bytes] | None = None,
+    folder: Path | None = None,
 ) -> Process:
-    """Starts ``python -m ...`` or ``-c ...`` in a session of its own."""
-    job = Job(dict(environment), (0, 1, 2), command[1:], session=True)
-    number = output.fileno()
+    """Starts ``python -m ...`` or ``-c ...`` in a session of its own.
+
+    Its errors go where its output goes unless ``errors`` is given.
+    """
+    job = Job(
+        dict(environment),
+        (0, 1, 2),
+        command[1:],
+        session=True,
+        folder=None if folder is None else str(folder),
+    )
+    sinks = (output.fileno(), (errors or output).fileno())
     with open(os.devnull, "rb") as nothing:
-        return Process(_template().fork(job, (nothing.fileno(), number, number)))
+        return Process(_template().fork(job, (nothing.fileno(), *sinks)))
+
+
+def run(
+    command: Sequence[str],
+    *,
+    folder: Path | None = None,
+    seconds: float = 300,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """What ``subprocess.run`` says of such a command, its output captured as text.
+
+    ``variables`` are added to this process's.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran for longer, and was killed.
+    """
+    assert can_run(command, variables), "it would not be as a new process is"
+    environment = {**os.environ, **variables}
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = start(command, output, environment, errors=errors, folder=folder)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        said = []
+        for sink in (output, errors):
+            sink.seek(0)
+            said.append(sink.read().decode())
+    return subprocess.CompletedProcess(command, status, *said)
 
 
 def spawning() -> AbstractContextManager[None]:

@@ -110,6 +110,7 @@ def test_answers_found_together_are_those_found_alone() -> None:
     assert model.replies([], 6) == []
 
 
+@pytest.mark.usefixtures("forked")
 def test_cells_that_coincide_are_answered_once(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     arguments = [
@@ -133,6 +134,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[1:]]
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_goes_on_where_it_was_and_sweeps_layers(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     arguments = [

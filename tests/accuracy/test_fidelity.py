@@ -69,6 +69,7 @@ def rows(output: Path) -> dict[str, dict[str, Any]]:
     return {row["policy"]: row for row in map(json.loads, lines)}
 
 
+@pytest.mark.usefixtures("forked")
 def test_without_a_server(tmp_path: Path) -> None:
     """What a control predicts, against one forward pass of the oracle."""
     output, page = tmp_path / "out.json", tmp_path / "page.md"

@@ -86,6 +86,7 @@ def test_tables(
     assert any(line.startswith("| 2 | 3 | 0.3 | 100 |") for line in lines)
 
 
+@pytest.mark.usefixtures("forked")
 def test_traces_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "traces.jsonl"
     arguments = [MODEL, "--tasks", "needle", "--lengths", "300", "--n", "2"]

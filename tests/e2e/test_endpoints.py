@@ -7,8 +7,6 @@ clients know nothing.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asl_vllm_testing.harness import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL, warm
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 from asl_vllm_testing.settings import POOL_TOKENS, SERVER_OPTIONS
@@ -263,7 +261,8 @@ def test_the_batch_runner(tmp_path: Path) -> None:
         *("--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "8"),
         *("--kv-cache-memory-bytes", str(1 << 27), *SERVER_OPTIONS),
     ]
-    subprocess.run(command, check=True, env=dict(os.environ), timeout=300)
+    ran = warm.run(command)
+    assert ran.returncode == 0, ran.stderr[-4000:]
     found = [json.loads(line) for line in answered.read_text().splitlines()]
     replies = {line["custom_id"]: line for line in found}
     assert "kv_budget" in json.dumps(replies["2"]["error"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from asl_vllm.prefill.hidden import HostHidden
 from asl_vllm.selection.budget import resolve_kept
-from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing import ROOT, TINY_MODEL, warm
 from asl_vllm_testing.harness import BLOCK, Engine, assert_pool_whole, drain, engine
 from asl_vllm_testing.oracle.asl import OracleResult, generate
 from asl_vllm_testing.oracle.model import TinyDecoder
@@ -52,14 +50,7 @@ def expected(model: TinyDecoder, prompt: Prompt, max_tokens: int) -> OracleResul
 
 def test_ngram_speculation(model: TinyDecoder) -> None:
     """In a process of its own: vLLM starts no second engine beside llvmlite."""
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.drafted"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    process = warm.run([sys.executable, "-m", "tests.e2e.drafted"], folder=ROOT)
     assert process.returncode == 0, process.stderr[-4000:]
     result = json.loads(process.stdout.strip().splitlines()[-1])
     assert result["tokens"] == expected(model, needle(1, 600), 60).tokens

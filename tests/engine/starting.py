@@ -1,8 +1,9 @@
 """Makes engine configurations from command lines, each in a forked process.
 
-``python starting.py FOLDER < SCENARIOS``: vLLM is imported once; then each scenario, a
-dict of ``version`` (what the metadata in a folder say, or None), ``options``, ``env``
-and ``before`` (code), runs by itself. Prints a list of [status, output].
+``python -m tests.engine.starting FOLDER SCENARIOS``: vLLM is imported once; then each
+scenario, a dict of ``version`` (what the metadata in a folder say, or None),
+``options``, ``env`` and ``before`` (code), runs by itself. Prints a list of [status,
+output].
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
         importlib.import_module(name)
     registry._run_in_subprocess = lambda function: function()
     answers = []
-    for number, scenario in enumerate(json.load(sys.stdin)):
+    for number, scenario in enumerate(json.loads(sys.argv[2])):
         log = folder / f"{number}.txt"
         child = os.fork()
         if child == 0:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -15,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from asl_vllm import plugin
 from asl_vllm.engine.frontend import launch
 from asl_vllm.engine.worker import attention
-from asl_vllm_testing import TINY_MODEL
+from asl_vllm_testing import TINY_MODEL, warm
 from asl_vllm_testing.vllm_configs import engine_args, engine_config
 
 OFF = [None, {}, {"policy": "none"}, {"policy": "none", "window": 8}]
@@ -119,12 +117,8 @@ print(json.dumps({"changed": changed, "wrapped": wrapped, "ours": ours}))
 
 def test_off_only_the_wrapped_methods_differ() -> None:
     """In a fresh process: all of vLLM's functions, classes and their methods."""
-    answer = subprocess.run(
-        [sys.executable, "-c", _COMPARE, str(TINY_MODEL)],
-        env={**os.environ, "VLLM_PLUGINS": ""},
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", _COMPARE, str(TINY_MODEL)]
+    answer = warm.run(command, VLLM_PLUGINS="")
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout.splitlines()[-1])
     wrapped = {tuple(pair) for pair in found["wrapped"]}

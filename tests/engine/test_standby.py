@@ -6,16 +6,14 @@ Each in a fresh process, with that version's name in the metadata that are found
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any, NamedTuple
 
 import pytest
 
 from asl_vllm.engine.lines import UNTESTED_VARIABLE, described
+from asl_vllm_testing import ROOT, warm
 from asl_vllm_testing.vllm_configs import TINY_MODEL
-from tests.engine import starting
 
 OTHER, SUPPORTED = "0.34.0+cpu", "0.33.1+cpu"
 ASL = ("--kv-policy", "asl")
@@ -83,18 +81,13 @@ SCENARIOS = {
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     folder = tmp_path_factory.mktemp("starts")
-    ran = subprocess.run(
-        [sys.executable, starting.__file__, str(folder)],
-        input=json.dumps(list(SCENARIOS.values())),
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            UNTESTED_VARIABLE: "0",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    scenarios = json.dumps(list(SCENARIOS.values()))
+    ran = warm.run(
+        [sys.executable, "-m", "tests.engine.starting", str(folder), scenarios],
+        folder=ROOT,
+        **{UNTESTED_VARIABLE: "0"},
     )
+    assert ran.returncode == 0, ran.stderr[-4000:]
     answered = json.loads(ran.stdout.splitlines()[-1])
     return {name: Answer(*a) for name, a in zip(SCENARIOS, answered, strict=True)}
 

@@ -17,7 +17,7 @@ import pytest
 from asl_vllm.config import POLICY_GROUP, ConfigError
 from asl_vllm.selection import Policy
 from asl_vllm.selection.policies import installed
-from asl_vllm_testing import policy_package
+from asl_vllm_testing import policy_package, warm
 
 TRIAL = """
 from asl_vllm.config import POLICY_NAMES, AslConfig
@@ -56,12 +56,7 @@ assert "newest" in field.schema["anyOf"][0]["enum"]
 
 def run(program: str, package: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(package), *filter(None, sys.path)])
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    return warm.run([sys.executable, "-c", program], PYTHONPATH=path)
 
 
 def test_a_package_adds_a_policy(tmp_path: Path) -> None:
