@@ -21,6 +21,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 SERVERS = frozenset(
     {
+        "test_batch_runner",
         "test_data_parallel",
         "test_endpoints",
         "test_examples",
@@ -31,6 +32,7 @@ SERVERS = frozenset(
         "test_readme",
         "test_server",
         "test_service",
+        "test_service_endings",
         "test_service_scaled",
         "test_tensor_parallel",
         "test_wheel",

@@ -81,7 +81,7 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             "drop one of the two",
         )
     if vllm_config.observability_config.jit_monitor_mode == "error":
-        # Prefills at start-up have many kernels compiled, not all of all prompts.
+        # Prefills at start-up run our kernels. That load needs no others was not seen.
         yield (
             "kernels that may be compiled when a prompt first needs them",
             "--jit-monitor-mode error",

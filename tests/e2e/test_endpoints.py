@@ -7,19 +7,17 @@ clients know nothing.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from asl_vllm_testing import TINY_MODEL, warm
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
-from asl_vllm_testing.settings import POOL_TOKENS, SERVER_OPTIONS
+from asl_vllm_testing.settings import BLOCK, POOL_TOKENS, SERVER_OPTIONS
+from tests.e2e.replies import answer, events
 
 QUESTION = needle(7, 600)
 MESSAGE = {"role": "user", "content": f"<s> {QUESTION.text}"}
@@ -37,6 +35,7 @@ DEFAULTS = (
     *("--kv-budget", "0.25"),
     *("--override-generation-config", json.dumps({"max_new_tokens": LENGTH})),
 )
+FIGURES = ("--enable-prompt-tokens-details", "--enable-per-request-metrics")
 LONG = needle(8, 900)
 """Together with so many tokens it does not fit the pool, unless it is pruned."""
 
@@ -45,7 +44,7 @@ LONG = needle(8, 900)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    options = (*SERVER_OPTIONS, *DEFAULTS, "--enable-scale-out")
+    options = (*SERVER_OPTIONS, *DEFAULTS, *FIGURES, "--enable-scale-out")
     with serve(log, *options, **env) as started:
         yield started
 
@@ -69,13 +68,18 @@ def tokens(server: Server, extra: dict[str, Any], **fields: Any) -> httpx.Respon
     return server.http.post(TOKENS, json=body)
 
 
-def test_a_batch_of_conversations(server: Server) -> None:
-    reply = batch(server, kv_budget=128)
+@pytest.mark.parametrize("words", [4, 2])
+def test_a_batch_of_conversations(server: Server, words: int) -> None:
+    """Also where a stop string ends some; it is never a stream."""
+    stop = [ANSWER[2]] if words == 2 else []
+    for stream in (False, True):
+        assert batch(server, kv_budget=3, stream=stream).status_code == 400
+    reply = batch(server, kv_budget=128, stop=stop)
     assert reply.status_code == 200, reply.text
     usage = reply.json()["usage"]["kv_cache"]
     assert (usage["pruned_tokens"], usage["budget_tokens"]) == (PRUNED, 2 * 128)
     assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
-    assert reply.json()["choices"][0]["message"]["content"].split() == ANSWER
+    assert reply.json()["choices"][0]["message"]["content"].split() == ANSWER[:words]
 
 
 @pytest.mark.parametrize("place", ["body", "vllm_xargs"])
@@ -108,6 +112,20 @@ def test_a_bad_message_is_refused_in_its_own_form(server: Server, stream: bool) 
         assert reply.status_code == 400, reply.text
         assert reply.json()["type"] == "error"
         assert "kv_budget" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_message_that_does_not_fit(server: Server, stream: bool) -> None:
+    """Refused in their form, before a stream begins; pruned it is answered."""
+    long = {"role": "user", "content": needle(14, 2 * POOL_TOKENS).text}
+    asked = {"messages": [long], "stream": stream}
+    reply = post(server, MESSAGES, **asked, kv_policy="none")
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["type"] == "error"
+    error = reply.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "do not fit the KV pool" in error["message"]
+    assert post(server, MESSAGES, **asked).status_code == 200
 
 
 def test_a_background_response_is_stored_with_its_proof(server: Server) -> None:
@@ -244,30 +262,63 @@ def test_a_length_that_nobody_sent_is_lowered(server: Server, path: str) -> None
     assert reply.json()["error"]["param"] == field
 
 
-def test_the_batch_runner(tmp_path: Path) -> None:
-    """One bad line is that line's error; the others are answered, with their proof."""
-    lines = []
-    for number, budget in enumerate((128, None, 3, 0.25)):
-        body = {"model": MODEL_NAME, "messages": [MESSAGE], "kv_budget": budget}
-        body |= {"max_tokens": 4, "temperature": 0}
-        line = {"custom_id": str(number), "method": "POST", "body": body}
-        lines.append(json.dumps({**line, "url": "/v1/chat/completions"}))
-    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text("\n".join(lines))
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch"),
-        *("-i", str(asked), "-o", str(answered), "--model", str(TINY_MODEL)),
-        *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager"),
-        *("--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "8"),
-        *("--kv-cache-memory-bytes", str(1 << 27), *SERVER_OPTIONS),
-    ]
-    ran = warm.run(command)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    found = [json.loads(line) for line in answered.read_text().splitlines()]
-    replies = {line["custom_id"]: line for line in found}
-    assert "kv_budget" in json.dumps(replies["2"]["error"])
-    for number, pruned in (("0", PRUNED), ("1", 0), ("3", PRUNED)):
-        body = replies[number]["response"]["body"]
-        assert body["choices"][0]["message"]["content"].split() == ANSWER
-        kept = body["usage"].get("kv_cache", {"pruned_tokens": 0})
-        assert kept["pruned_tokens"] == pruned
+def test_cached_tokens_are_those_that_were_read(server: Server) -> None:
+    """Of the prefix cache, whatever vLLM takes a pruned prompt's tokens for."""
+    asked = {"prompt": needle(15, 600).text}
+    whole = 600 // BLOCK * BLOCK
+    for fields, cached in (
+        ({"kv_budget": 128}, 0),
+        ({"kv_budget": 128}, 0),
+        ({"kv_policy": "none"}, 0),
+        ({"kv_policy": "none"}, whole),
+        ({"kv_budget": 128}, 0),
+        ({"kv_budget": 128, "kv_reuse": "read"}, whole),
+    ):
+        usage = post(server, COMPLETIONS, **asked, **fields).json()["usage"]
+        assert usage["prompt_tokens"] == 600
+        assert usage["prompt_tokens_details"]["cached_tokens"] == cached, fields
+        if "kv_reuse" in fields:
+            assert usage["kv_cache"]["reused_tokens"] == cached
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_messages_tokens_add_up(server: Server, stream: bool) -> None:
+    """What was read and what went to the prefix cache, which is none of a pruned's."""
+    text = needle(16 + stream, 600).text
+    asked = {"messages": [{"role": "user", "content": f"<s> {text}"}]}
+    whole = 600 // BLOCK * BLOCK
+    for fields, read, written in (
+        ({}, 0, 0),
+        ({"kv_policy": "none"}, 0, whole),
+        ({"kv_policy": "none"}, whole, 0),
+        ({"kv_reuse": "read"}, whole, 0),
+    ):
+        reply = post(server, MESSAGES, **asked, **fields, stream=stream)
+        usage = answer(MESSAGES, reply).usage
+        assert usage["cache_read_input_tokens"] == read, fields
+        assert usage["cache_creation_input_tokens"] == written, fields
+        assert usage["input_tokens"] == 600 - read - written, fields
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replys_times_make_the_wall_time(
+    server: Server, path: str, stream: bool
+) -> None:
+    """The prefill is in the time to the first token, not in the queue's."""
+    seed = 18 + 2 * stream + (path == CHAT)
+    text = needle(seed, 3000).text
+    name = "messages" if path == CHAT else "prompt"
+    asked = {name: [{"role": "user", "content": text}] if path == CHAT else text}
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    began = time.monotonic()
+    reply = post(server, path, **asked, kv_budget=128, **streamed if stream else {})
+    wall = 1000 * (time.monotonic() - began)
+    assert reply.status_code == 200, reply.text
+    parts = events(reply.text) if stream else [reply.json()]
+    took = parts[-1]["metrics"]
+    queue, first = took["queue_time_ms"], took["time_to_first_token_ms"]
+    decoding = took["generation_time_ms"]
+    assert queue < first / 2, "a prompt alone waits for a step at most"
+    assert decoding < first / 2, "3 tokens, and passes of 3000"
+    assert 0.7 * wall < queue + first + decoding <= wall

@@ -14,6 +14,7 @@ import pytest
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server, serve
 from asl_vllm_testing.settings import POOL_TOKENS
+from tests.e2e.prometheus import scrape, settle, since
 
 BAD = [0, -1, 1.5, True, "x", [1], {"tokens": 64}, 1, 39, 64.0, "NaN"]
 QUESTION = needle(7, 600)
@@ -203,8 +204,13 @@ def test_beam_search_does_not_prune(pruning: Server, path: str) -> None:
     assert_refused(response, "cannot be combined with beam search")
     response = send(pruning, path, None, use_beam_search=True, n=2, kv_policy="none")
     assert_refused(response, "cannot be combined with beam search", "kv_policy")
+    before = scrape(pruning.http)
     response = send(pruning, path, None, use_beam_search=True, n=2)
     assert response.status_code == 200, response.text
+    # Its sequences end by aborts, which are nobody's.
+    assert response.json()["kv_transfer_params"] is None
+    assert "kv_cache" not in response.json()["usage"]
+    settle(lambda: since(pruning.http, before), {})
 
 
 POLICIES = {
@@ -373,6 +379,10 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/responses",
         {"input": needle(110, 600).text, "stream": True},
     ),
+    "choices": (
+        "/v1/chat/completions",
+        {"messages": chat(114), "n": 2, "temperature": 1, "top_k": 1, "logprobs": True},
+    ),
     "message": ("/v1/messages", {"messages": chat(111)}),
     "message stream": ("/v1/messages", {"messages": chat(112), "stream": True}),
     "unknown field": ("/v1/completions", {"prompt": needle(113, 600).text, "foo": 1}),
@@ -417,7 +427,7 @@ def test_without_a_budget_replies_are_vllms_own(
     name = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     length = {} if path == "/generative_scoring" else {name: tokens}
     replies = [
-        all_of(server.post(path, temperature=0, **length, **asked))
+        all_of(server.post(path, **{"temperature": 0, **length, **asked}))
         for server in (pruning, plain)
     ]
     assert replies[0] == replies[1]

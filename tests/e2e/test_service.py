@@ -7,7 +7,6 @@ import threading
 import time
 from typing import Any
 
-import httpx
 import pytest
 from vllm.entrypoints.openai.completion.protocol import CompletionResponseStreamChoice
 
@@ -16,86 +15,26 @@ from asl_vllm.config import POLICY_NAMES
 from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server
 from asl_vllm_testing.settings import BLOCK, CONFIG, LAYERS, POOL_TOKENS, STEP_TOKENS
-from tests.e2e.prometheus import Samples, scrape, settle, since
-
-QUESTION = needle(7, 600)
-OTHER = needle(9, 300)
-BUDGET = 128
-KEPT = 600 - 480
-"""The largest number of at most 128 for which whole blocks of 600 tokens are freed."""
-REPORT = {
-    "policy": "asl",
-    "budget_tokens": BUDGET,
-    "selection_layer": 4,
-    "kept_tokens": KEPT,
-    "pruned_tokens": 480,
-    "freed_blocks": 15,
-    "skipped_token_layers": 480 * 5,
-    "reused_tokens": 0,
-    "reused_token_layers": 0,
-    "rerun_token_layers": 0,
-    "shared_prefills": 0,
-}
-UNPRUNED = {
-    "policy": "asl",
-    "budget_tokens": 1000,
-    "selection_layer": None,
-    "kept_tokens": 600,
-    "pruned_tokens": 0,
-    "freed_blocks": 0,
-    "skipped_token_layers": 0,
-    "reused_tokens": 0,
-    "reused_token_layers": 0,
-    "rerun_token_layers": 0,
-    "shared_prefills": 0,
-}
-HEADERS = {
-    "x-kv-policy": "policy",
-    "x-kv-selection-layer": "selection_layer",
-    "x-kv-kept-tokens": "kept_tokens",
-    "x-kv-pruned-tokens": "pruned_tokens",
-    "x-kv-reused-tokens": "reused_tokens",
-}
-COMPLETIONS = "/v1/completions"
-CHAT = "/v1/chat/completions"
-RESPONSES = "/v1/responses"
-PATHS = [COMPLETIONS, CHAT, RESPONSES]
-MESSAGES = "/v1/messages"
-
-
-def body(path: str, text: str = QUESTION.text, **more: Any) -> dict[str, Any]:
-    """A short greedy request; a chat's template leaves BOS to the text."""
-    if path == CHAT:
-        asked: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
-    else:
-        asked = {"prompt" if path == COMPLETIONS else "input": text}
-    length = "max_output_tokens" if path == RESPONSES else "max_tokens"
-    return {"temperature": 0, length: 4, **asked, **more}
-
-
-def for_chat(report: dict[str, Any], path: str) -> dict[str, Any]:
-    """The chat prompt is a token shorter, and so is what is kept of it."""
-    kept = report["kept_tokens"] - (path == CHAT)
-    return {**report, "kept_tokens": kept}
-
-
-def numbers(report: dict[str, Any]) -> dict[str, int]:
-    """What ``usage`` has of it: clients add that up."""
-    return {k: v for k, v in report.items() if type(v) is int}
-
-
-def kv_headers(response: httpx.Response) -> dict[str, str]:
-    return {k: v for k, v in response.headers.items() if k.startswith("x-kv")}
-
-
-def as_headers(report: dict[str, Any]) -> dict[str, str]:
-    shown = {name: report[key] for name, key in HEADERS.items()}
-    return {name: str(v) for name, v in shown.items() if v is not None}
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
-    return [json.loads(line) for line in lines if line != "[DONE]"]
+from tests.e2e.prometheus import scrape, settle, since
+from tests.e2e.replies import (
+    BUDGET,
+    CHAT,
+    COMPLETIONS,
+    KEPT,
+    OTHER,
+    PATHS,
+    QUESTION,
+    REPORT,
+    RESPONSES,
+    UNPRUNED,
+    as_headers,
+    body,
+    events,
+    for_chat,
+    kv_headers,
+    numbers,
+    stats,
+)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -286,11 +225,6 @@ def test_policies(pruning: Server) -> None:
     }
 
 
-def stats(client: httpx.Client) -> dict[str, Any]:
-    reply: dict[str, Any] = client.get("/v1/kv/stats").json()
-    return reply
-
-
 def test_stats_follow_requests_through_the_layers(pruning: Server) -> None:
     """Polled while prompts longer than the pool wait, are prefilled and decode."""
     before = stats(pruning.http)
@@ -395,64 +329,6 @@ def test_metrics_are_what_requests_reported(pruning: Server) -> None:
     settle(lambda: since(pruning.http, before), expected)
 
 
-def stop_at(path: str, word: str) -> dict[str, Any]:
-    return {"stop_sequences" if path == MESSAGES else "stop": [word]}
-
-
-def words_of(path: str, reply: dict[str, Any]) -> list[str]:
-    """What was generated."""
-    if path == COMPLETIONS:
-        text = reply["choices"][0]["text"]
-    elif path == CHAT:
-        text = reply["choices"][0]["message"]["content"]
-    else:
-        said = reply if path == MESSAGES else reply["output"][0]
-        text = said["content"][0]["text"]
-    return str(text).split()
-
-
-def test_all_endings_tell_the_same(pruning: Server) -> None:
-    """Stop strings and tokens, or the length; only a client that leaves is aborted."""
-    before = scrape(pruning.http)
-    word = QUESTION.answer_words[2]
-    assert word not in QUESTION.answer_words[:2]
-    (token,) = pruning.post("/tokenize", prompt=word, add_special_tokens=False).json()[
-        "tokens"
-    ]
-    asked = 0
-    for path in (*PATHS, MESSAGES):
-        chats = path in (CHAT, MESSAGES)
-        expected = for_chat(REPORT, CHAT if chats else path)
-        by_token = {"stop_token_ids": [token]} if path in (COMPLETIONS, CHAT) else {}
-        for ending in (stop_at(path, word), by_token, {}):
-            words = 2 if ending else 4
-            plain = body(CHAT if path == MESSAGES else path, kv_budget=BUDGET)
-            reply = pruning.post(path, **plain, **ending)
-            assert reply.status_code == 200, reply.text
-            assert kv_headers(reply) == as_headers(expected)
-            assert reply.json()["usage"]["kv_cache"] == numbers(expected)
-            assert words_of(path, reply.json()) == QUESTION.answer_words[:words]
-            if path != MESSAGES:
-                assert reply.json()["kv_transfer_params"] == expected
-            asked += 1
-    streamed = body(CHAT, kv_budget=BUDGET, stream=True, **stop_at(CHAT, word))
-    reply = pruning.post(CHAT, **streamed, stream_options={"include_usage": True})
-    assert events(reply.text)[-1]["usage"]["kv_cache"] == numbers(
-        for_chat(REPORT, CHAT)
-    )
-    # Two choices, of which some may end by the string and some by the length.
-    several = {**body(COMPLETIONS, kv_budget=BUDGET), "temperature": 1.0, "seed": 1}
-    reply = pruning.post(COMPLETIONS, **several, n=2, **stop_at(COMPLETIONS, word))
-    assert reply.json()["usage"]["kv_cache"]["kept_tokens"] == 2 * KEPT
-    asked += 3
-
-    def ended() -> Samples:
-        changes = since(pruning.http, before)
-        return {k: v for k, v in changes.items() if k[0] == "requests_total"}
-
-    settle(ended, {("requests_total", "pruned", "asl"): asked})
-
-
 TIMES = ("request_queue_time", "request_prefill_time", "request_decode_time")
 PARTS = ("sum", "count")
 
@@ -492,25 +368,6 @@ def test_times_are_booked_where_they_are_spent(pruning: Server) -> None:
     assert queue + prefill <= first + 0.05, "all of it comes before the first token"
     assert queue + prefill + decode <= whole + 0.05
     assert whole <= wall
-
-
-def test_an_abandoned_request_is_counted_as_aborted(pruning: Server) -> None:
-    before = scrape(pruning.http)
-    asked = body(COMPLETIONS, needle(31, 3000).text, kv_budget=BUDGET, stream=True)
-    asked |= {"model": MODEL_NAME, "max_tokens": 512, "ignore_eos": True}
-    with (
-        pruning.connect() as client,
-        client.stream("POST", COMPLETIONS, json=asked) as reply,
-    ):
-        next(reply.iter_lines())
-    aborted = {("requests_total", "aborted", "asl"): 1.0}
-
-    def ended() -> dict[tuple[str, ...], float]:
-        changes = since(pruning.http, before)
-        return {k: v for k, v in changes.items() if k[0] == "requests_total"}
-
-    settle(ended, aborted)
-    assert stats(pruning.http)["engines"][0]["requests"] == []
 
 
 def test_openapi_has_the_field_and_the_routes(pruning: Server) -> None:

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
@@ -17,20 +18,36 @@ from asl_vllm_testing import toy
 from asl_vllm_testing.toy import ToyDecoder
 
 CHUNK = 40
+BLOCK = 32
 
 
 class Quiet(ToyDecoder):
-    """Notes the slots that are written."""
+    """Notes slots that are written, blocks that are read, and rows that run again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.slots: set[int] = set()
+        self.read: set[int] = set()
+        self.again: list[int] = []
 
     def write_kept(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
     ) -> None:
         assert len(keys) == len(values) == len(slots)
         self.slots.update(slots.tolist())
+
+    def load_prefix(
+        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """As of an empty pool."""
+        assert len(keys) == len(block_ids) * BLOCK
+        self.read.update(block_ids.tolist())
+        self.pool[layer] = (keys.new_zeros(keys.shape), values.new_zeros(values.shape))
+        super().load_prefix(layer, torch.arange(len(keys)), keys, values)
+
+    def run_at(self, layer: int, positions: Tensor, *args: Any) -> None:
+        self.again.append(len(positions))
+        super().run_at(layer, positions, *args)
 
 
 def factory(
@@ -93,6 +110,28 @@ def test_prompts_have_run_together_before(monkeypatch: pytest.MonkeyPatch) -> No
     assert model.slots == {PAD_SLOT_ID}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("bands", [1, 5])
+def test_prompts_have_read_the_pool_before(policy: str, bands: int) -> None:
+    """And what is selected of it went through the layers again, where a policy does so.
+
+    `gemfilter` begins anew instead, and `snapkv` selects for no deeper layer.
+    """
+    made = factory(bands=bands)
+    warm_up(made, [policy], bands, Packer(made), BLOCK)
+    model = made.model
+    assert isinstance(model, Quiet)
+    assert model.read == {0}
+    assert bool(model.again) == (policy not in ("snapkv", "gemfilter"))
+    assert model.slots == {PAD_SLOT_ID}
+
+
+def test_nothing_is_read_where_requests_cannot() -> None:
+    made = factory()
+    warm_up(made, POLICIES, 1, Packer(made), None)
+    assert made.model.read == set()  # type: ignore[attr-defined]
+
+
 def test_requests_find_the_policies_they_ask_for() -> None:
     made = factory()
     asked: list[str] = []
@@ -116,7 +155,7 @@ def test_bands_have_slots_of_their_own() -> None:
 @pytest.mark.parametrize("capacity", [10, 13, 33, CHUNK])
 def test_short_buffers_are_not_outgrown(capacity: int) -> None:
     made = factory(capacity=capacity)
-    warm_up(made, POLICIES, 1, Packer(made))
+    warm_up(made, POLICIES, 1, Packer(made), BLOCK)
     sizes = {len(call.positions) for call in made.model.calls}  # type: ignore[attr-defined]
     assert max(sizes, default=0) <= capacity
 

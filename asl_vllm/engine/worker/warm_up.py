@@ -1,13 +1,16 @@
 """Prefills that nobody asked for, so that none that is asked for waits for a compiler.
 
-Touch point: vLLM's `PAD_SLOT_ID`, the slot that its kernels write nothing to.
+Touch points: vLLM's `PAD_SLOT_ID`, the slot that its kernels write nothing to, and
+block 0 of its KV pool, the null block, which may be read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from asl_vllm.prefill import Pack, Packer, Prefill, PrefillFactory, PrefillJob
@@ -19,19 +22,33 @@ _KEPT = 8
 """Tokens kept beside the window: few, so that short prompts are pruned."""
 
 
+class _Unwritten(PrefillJob):
+    """Has no slots: what it keeps is written nowhere."""
+
+    def slots(self) -> torch.Tensor:
+        """See `PrefillJob.slots`."""
+        return torch.full_like(super().slots(), PAD_SLOT_ID)
+
+
 def warm_up(
-    factory: PrefillFactory, policies: Iterable[str], bands: int, packer: Packer
+    factory: PrefillFactory,
+    policies: Iterable[str],
+    bands: int,
+    packer: Packer,
+    cached_block: int | None = None,
 ) -> None:
     """Runs each policy on short prompts, and one on a full chunk and a token more.
 
-    Then the short ones together. Between them they run every kernel, whatever the
-    number of tokens: kernels are compiled for one token or for several, and for numbers
-    of 16 or others. Writes nothing to the KV pool. All tensor-parallel ranks must call
-    it.
+    Then the short ones together, and each policy on a prompt of which blocks of the KV
+    pool, of ``cached_block`` tokens, are read; None: no prompt can do so. Between them
+    they run every kernel, whatever the number of tokens: kernels are compiled for one
+    token or for several, and for numbers of 16 or others. Writes nothing to the KV
+    pool. All tensor-parallel ranks must call it.
     """
+    names = list(policies)
     jobs = [
         _job(factory, f"warm-up-{number}", policy, tokens, bands)
-        for number, (policy, tokens) in enumerate(_prompts(factory, list(policies)))
+        for number, (policy, tokens) in enumerate(_prompts(factory, names))
     ]
     for job in jobs:
         _run(factory(job))
@@ -40,19 +57,43 @@ def warm_up(
         if count > 1:
             _run(packer.pack([factory(job) for job in jobs[:count]]))
         jobs = jobs[count:]
+    if cached_block is not None:
+        for policy in names:
+            job = _reading(factory, policy, bands, cached_block)
+            if job.num_prompt_tokens <= factory.buffers.capacity:
+                _run(factory(job))
 
 
 def _job(
     factory: PrefillFactory, name: str, policy: str, tokens: int, bands: int
 ) -> PrefillJob:
     kept = factory.config.window + _KEPT
-    return PrefillJob(
+    return _Unwritten(
         request_id=name,
         policy=policy,
         prompt_token_ids=[0] * tokens,
         pruned_blocks=tokens - kept,
         block_size=1,
-        block_ids=[[PAD_SLOT_ID] * (kept - 1)] * bands,
+        block_ids=[[0] * (kept - 1)] * bands,
+    )
+
+
+def _reading(
+    factory: PrefillFactory, policy: str, bands: int, block: int
+) -> PrefillJob:
+    """All before the window is read, so what is selected of it is computed again.
+
+    It is the null block, twice, of which one block's tokens are pruned.
+    """
+    window = factory.config.window
+    return _Unwritten(
+        request_id=f"warm-up-reading-{policy}",
+        policy=policy,
+        prompt_token_ids=[0] * (2 * block + window),
+        pruned_blocks=1,
+        block_size=block,
+        block_ids=[[0] * (1 + cdiv(window, block))] * bands,
+        reused_block_ids=[[0, 0]] * bands,
     )
 
 

@@ -133,8 +133,14 @@ class PrefillWorkerMixin:
         """Has all that prefills compile compiled, before vLLM does so with its own."""
         # On a CPU there is nothing to compile.
         if self.device.type == "cuda":
-            bands = settings_of(self.vllm_config).bands.count
-            warm_up(self._factory, installed_policies(), bands, self._packer)
+            settings = settings_of(self.vllm_config)
+            warm_up(
+                self._factory,
+                installed_policies(),
+                settings.bands.count,
+                self._packer,
+                settings.block_size if settings.reads_prefixes else None,
+            )
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def _check_pages(self) -> None:

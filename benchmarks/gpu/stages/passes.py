@@ -164,6 +164,8 @@ def others(running: Any, watch: Watch) -> Iterator[Row]:
         (f"{SHORT_PROMPTS} short prompts", short, "asl", "none"),
         ("over a cached prefix", [question], "snapkv", "read"),
         ("over a cached prefix", [question], "asl", "read"),
+        # Selects, so tokens of the prefix go through the first layers again.
+        ("over a cached prefix", [question], "fastkv", "read"),
     ):
         with watch.request():
             outputs = running.generate(
