@@ -1,7 +1,7 @@
 """However a request ends, its reply, headers, usage and the metrics tell the same.
 
 The table's endings are those of one sequence; further below are those of several, of
-clients that go away, and of requests that are pruned for another's twin in name.
+clients that go away, of requests under one id, and of the smallest budget.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from asl_vllm.config import POLICY_NAMES
-from asl_vllm_testing.oracle.tasks import VOCABULARY, needle
+from asl_vllm_testing.oracle.tasks import needle
 from asl_vllm_testing.server import MODEL_NAME, Server
 from tests.e2e.prometheus import Samples, scrape, settle, since
 from tests.e2e.replies import (
@@ -97,20 +97,26 @@ def test_every_ending_tells_the_same(pruning: Server, path: str, stream: bool) -
 
 
 def test_choices_that_end_in_different_ways(pruning: Server) -> None:
-    """Words are as good as drawn by lot, and a few of them end an answer."""
+    """Two choices of each of two prompts, of which one comes to the stop string."""
+    others = (needle(seed, 600) for seed in range(50, 99))
+    other = next(prompt for prompt in others if WORD not in prompt.answer_words)
     before = scrape(pruning.http)
-    few = sorted(VOCABULARY, key=len)[-4:]
-    asked = body(COMPLETIONS, kv_budget=BUDGET, n=6, seed=1, ignore_eos=True, stop=few)
-    asked |= {"temperature": 1e4, "max_tokens": len(VOCABULARY) // 6}
+    asked = body(COMPLETIONS, kv_budget=BUDGET, n=2, top_k=1, stop=[WORD])
+    asked |= {"prompt": [QUESTION.text, other.text], "temperature": 1}
     reply = pruning.post(COMPLETIONS, **asked)
     assert reply.status_code == 200, reply.text
-    reasons = {choice["finish_reason"] for choice in reply.json()["choices"]}
-    assert reasons == {"stop", "length"}
+    choices = reply.json()["choices"]
+    reasons = [choice["finish_reason"] for choice in choices]
+    assert reasons == ["stop", "stop", "length", "length"]
+    words = [QUESTION.answer_words[:2]] * 2 + [other.answer_words] * 2
+    assert [choice["text"].split() for choice in choices] == words
     usage = reply.json()["usage"]["kv_cache"]
-    assert (usage["kept_tokens"], usage["budget_tokens"]) == (6 * KEPT, 6 * BUDGET)
-    assert usage["selection_layer"] == REPORT["selection_layer"]
-    assert reply.headers["x-kv-kept-tokens"] == str(6 * KEPT)
-    settle(lambda: ended(pruning, before), {("requests_total", "pruned", "asl"): 6})
+    assert usage == {k: 4 * v for k, v in numbers(REPORT).items()} | {
+        "selection_layer": REPORT["selection_layer"]
+    }
+    assert reply.headers["x-kv-kept-tokens"] == str(4 * KEPT)
+    assert reply.json()["kv_transfer_params"] == REPORT
+    settle(lambda: ended(pruning, before), {("requests_total", "pruned", "asl"): 4})
 
 
 def test_an_abandoned_request_is_counted_as_aborted(pruning: Server) -> None:
@@ -152,13 +158,16 @@ def test_two_at_once_under_one_id(pruning: Server) -> None:
 @pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name != "none"])
 def test_the_smallest_budget(pruning: Server, policy: str) -> None:
     """Which may leave room for a single token beside the window, with any policy."""
-    for tokens, kept in ((361, 9), (364, 12), (384, 32), (392, 40)):
-        text = needle(43, tokens).text
-        fields = {"kv_budget": SHORT_BUDGET, "kv_policy": policy}
-        told = answer(
-            COMPLETIONS, pruning.post(COMPLETIONS, **body(COMPLETIONS, text, **fields))
-        )
-        usage = told.usage["kv_cache"]
-        assert (usage["kept_tokens"], usage["pruned_tokens"]) == (kept, 352)
-        assert [part["policy"] for part in told.told] == [policy]
-        assert told.usage["completion_tokens"] == 4
+    lengths = {361: 9, 364: 12, 384: 32, 392: 40}
+    fields = {"kv_budget": SHORT_BUDGET, "kv_policy": policy}
+    asked = body(COMPLETIONS, **fields) | {
+        "prompt": [needle(43, tokens).text for tokens in lengths]
+    }
+    reply = pruning.post(COMPLETIONS, **asked)
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]
+    assert usage["kv_cache"]["kept_tokens"] == sum(lengths.values())
+    assert usage["kv_cache"]["pruned_tokens"] == 352 * len(lengths)
+    assert usage["completion_tokens"] == 4 * len(lengths)
+    assert reply.json()["kv_transfer_params"]["kept_tokens"] == lengths[361]
+    assert reply.json()["kv_transfer_params"]["policy"] == policy
