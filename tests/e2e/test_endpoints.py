@@ -84,8 +84,8 @@ def test_a_batch_of_conversations(server: Server, words: int) -> None:
         assert (usage["pruned_tokens"], usage["budget_tokens"]) == (PRUNED, 2 * 128)
         assert reply.headers["x-kv-pruned-tokens"] == str(PRUNED)
         first, _ = reply.json()["choices"]
-        said = first["message"]["content"].split()
-        assert said == ANSWER[:words] or more
+        if not more:
+            assert first["message"]["content"].split() == ANSWER[:words]
         assert first["finish_reason"] == ("stop" if stop else "length")
         assert batch(server, kv_budget=3, **more).status_code == 400
 
