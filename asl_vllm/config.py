@@ -49,9 +49,11 @@ CONFIG_KEY = "asl_vllm"
 
 PRESETS: dict[str, dict[str, int | float]] = {
     # Experiments of arXiv 2601.07667; l_min and l_obs are scaled below.
-    "paper": {"window": 32, "pool_kernel": 7, "tau": 0.3},
+    "paper": {
+        **{"window": 32, "pool_kernel": 7, "reach": 1, "score_layers": 1, "tau": 0.3},
+    },
 }
-"""Settings by name: what options that are left at their defaults become."""
+"""Settings by name: what options that are left out become."""
 
 _REFERENCE_LAYERS = 32
 _REFERENCE_L_MIN = 10
@@ -84,14 +86,21 @@ class AslConfig:
     bands: int = 1
     """Bands of layers with a block table each, a divisor of the number of layers;
     above 1, requests may ask for ``kv_shallow`` "full"."""
-    preset: str | None = None
-    """Settings by name, one of `PRESETS`, for options left at their defaults: ``paper``
+    preset: str | None = dataclasses.field(default=None, init=False)
+    """Settings by name, one of `PRESETS`, for options that are left out: ``paper``
     has those of ASL's authors, which are the defaults but for a tau of 0.3 at any
     depth."""
     window: int = 32
     """W: the last prompt tokens whose attention scores the others; always kept."""
     pool_kernel: int = 7
     """S: width of the average pooling of SnapKV's scores over positions; odd."""
+    reach: int = 1
+    """Tokens that a pooled score reaches, its own the first: each token has the largest
+    of those that reach it, so that what follows a peak of attention stays, too."""
+    score_layers: int = 1
+    """asl: layers, the selection layer the last, whose scores choose the tokens that go
+    deeper: each token has its largest. In 1 layer few heads may look for what the
+    answer needs."""
     l_min: int | None = None
     """First layer (0-based) checked for settled ranks, at least 1, so that there is
     a layer to compare with; None: 10/32 of the depth."""
@@ -134,9 +143,10 @@ class AslConfig:
             raise ConfigError(
                 f"kv policy: got {self.policy!r}; allowed: {', '.join(POLICY_NAMES)}."
             )
-        self._apply_preset()
         _check_int("window", self.window, 1, 64)
         _check_int("pool_kernel", self.pool_kernel, 1, 63)
+        _check_int("reach", self.reach, 1, 64)
+        _check_int("score_layers", self.score_layers, 1, None)
         if self.pool_kernel % 2 == 0:
             raise ConfigError(
                 f"pool_kernel: got {self.pool_kernel}; allowed: odd numbers, so that "
@@ -177,18 +187,6 @@ class AslConfig:
         if math.isinf(tau):
             raise ConfigError("tau: got inf; allowed: a finite number.")
 
-    def _apply_preset(self) -> None:
-        if self.preset is None:
-            return
-        if not isinstance(self.preset, str) or self.preset not in PRESETS:
-            raise ConfigError(
-                f"preset: got {self.preset!r}; allowed: {', '.join(PRESETS)}, or null."
-            )
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) == defaults[name]:
-                object.__setattr__(self, name, value)  # frozen for others only
-
     @property
     def enabled(self) -> bool:
         """Whether requests may be pruned at all."""
@@ -204,7 +202,17 @@ class AslConfig:
                 f"kv policy config: unknown key(s) {', '.join(unknown)}; allowed: "
                 f"{', '.join(sorted(known))}."
             )
-        return cls(**options)
+        given = dict(options)
+        preset = given.pop("preset", None)
+        if preset is None:
+            return cls(**given)
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ConfigError(
+                f"preset: got {preset!r}; allowed: {', '.join(PRESETS)}, or null."
+            )
+        config = cls(**{**PRESETS[preset], **given})
+        object.__setattr__(config, "preset", preset)  # frozen for others only
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a plain dict; the inverse of `from_dict`."""

@@ -13,6 +13,7 @@ from asl_vllm.config import (
     BUILT_IN_POLICIES,
     CONFIG_KEY,
     POLICY_NAMES,
+    PRESETS,
     AslConfig,
     ConfigError,
 )
@@ -102,8 +103,23 @@ def test_the_papers_settings_have_a_name() -> None:
 
 
 def test_what_is_given_wins_over_a_preset() -> None:
-    config = AslConfig(preset="paper", tau=0.5, window=8)
+    given = {"tau": 0.5, "window": 8}
+    config = AslConfig.from_dict({"preset": "paper", **given})
     assert (config.tau, config.window, config.pool_kernel) == (0.5, 8, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["window", "pool_kernel", "reach", "score_layers", "tau"]
+)
+def test_a_default_that_is_given_wins_over_a_preset(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also null, and also where the preset has another value than the default."""
+    default = getattr(AslConfig(), name)
+    monkeypatch.setitem(PRESETS, "other", {name: 5})
+    assert getattr(AslConfig.from_dict({"preset": "other"}), name) == 5
+    given = AslConfig.from_dict({"preset": "other", name: default})
+    assert getattr(given, name) == default
 
 
 def test_frozen_and_keyword_only() -> None:
@@ -138,6 +154,9 @@ def test_unknown_keys_are_refused() -> None:
         ({"window": 8.0}, "window: got 8.0; allowed: an integer"),
         ({"pool_kernel": 6}, "pool_kernel: got 6; allowed: odd"),
         ({"pool_kernel": 65}, "pool_kernel: got 65; allowed: 1 to 63"),
+        ({"reach": 0}, "reach: got 0; allowed: 1 to 64"),
+        ({"reach": 65}, "reach: got 65; allowed: 1 to 64"),
+        ({"score_layers": 0}, "score_layers: got 0; allowed: at least 1"),
         ({"bands": 0}, "bands: got 0; allowed: at least 1"),
         ({"bands": 2.0}, "bands: got 2.0; allowed: an integer"),
         ({"l_min": 0}, "l_min: got 0; allowed: at least 1"),
@@ -171,7 +190,7 @@ def test_unknown_keys_are_refused() -> None:
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        AslConfig(**options)
+        AslConfig.from_dict(options)
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ class Pack(Advancing):
         if len(alike) > 1:
             # All that pass are scored, since their keys lie between the others'.
             together = score_together(
-                alike[0].policy.config.pool_kernel,
+                alike[0].policy.config,
                 self._buffers.window_queries[: len(self._window_rows)],
                 self._buffers.keys[: sum(lengths)],
                 lengths,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asl_kernels.window_scores import window_scores
+from asl_vllm.config import AslConfig
 from asl_vllm.selection.policies import Policy
 
 
@@ -17,7 +18,7 @@ def scores_alike(policy: Policy) -> bool:
 
 
 def score_together(
-    pool_kernel: int,
+    config: AslConfig,
     window_queries: Tensor,
     keys: Tensor,
     lengths: Sequence[int],
@@ -26,7 +27,7 @@ def score_together(
     """What `Policy.score` returns of each prompt, by one launch of each kernel.
 
     Args:
-        pool_kernel: Width of the pooling in tokens.
+        config: The options that all share.
         window_queries: ``[n * W, H, D]``, prompt after prompt, as the keys.
         keys: ``[sum(M), Hkv, D]``.
         lengths: M of each.
@@ -39,7 +40,8 @@ def score_together(
         window_queries,
         keys,
         scale=scale,
-        pool_kernel=pool_kernel,
+        pool_kernel=config.pool_kernel,
+        reach=config.reach,
         lengths=lengths,
         layer_score=layer_score,
     )

@@ -20,6 +20,7 @@ def naive(
     scale: float,
     pool_kernel: int,
     row_weights: Tensor | None = None,
+    reach: int = 1,
 ) -> Tensor:
     window, heads, _ = q.shape
     tokens, kv_heads, _ = k.shape
@@ -32,11 +33,12 @@ def naive(
             logits = keys[: prefix + row + 1] @ q[row, head].double() * scale
             weight = 1.0 if row_weights is None else float(row_weights[row])
             mass += weight * logits.softmax(0)[:prefix]
-        reach = pool_kernel // 2
+        half = pool_kernel // 2
         for token in range(prefix):
-            near = mass[max(0, token - reach) : token + reach + 1]
+            near = mass[max(0, token - half) : token + half + 1]
             scores[head * kv_heads // heads, token] += near.sum() / pool_kernel
-    return scores
+    reached = [scores[:, max(0, t + 1 - reach) : t + 1].amax(1) for t in range(prefix)]
+    return torch.stack(reached, 1)
 
 
 def error(got: Tensor, want: Tensor) -> float:

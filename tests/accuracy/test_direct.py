@@ -50,6 +50,21 @@ def expected(oracle: TinyDecoder, policy: str, ids: list[int]) -> asl.OracleResu
     )
 
 
+def test_reach_and_score_layers_answer_as_the_oracle(oracle: TinyDecoder) -> None:
+    model, tokenizer = DirectModel(MODEL, LENGTH, WINDOW), HubTokenizer(MODEL, "none")
+    rule = RULE | {"tau": 2.0, "reach": 9, "score_layers": 3}
+    made = variant(MODEL, 32, rule, ["asl"])
+    for seed in range(2):
+        ids = key_value(seed, LENGTH).token_ids
+        model.layers.begin_prompt(ids)
+        reply = model.reply(made, Cell("asl", "asl", KEPT), ids, 3)
+        truth = asl.generate(oracle, ids, kept=KEPT, max_tokens=3, **rule)  # type: ignore[arg-type]
+        assert reply.text == tokenizer.decode(truth.tokens)
+        assert reply.kv_cache is not None
+        assert truth.selection_layer is not None
+        assert reply.kv_cache["selection_layer"] == truth.selection_layer
+
+
 def test_every_policy_answers_as_the_oracle(oracle: TinyDecoder) -> None:
     """One prompt after another, policies in turn over the layers they share."""
     model = DirectModel(MODEL, LENGTH, WINDOW)

@@ -215,7 +215,8 @@ def test_policies(pruning: Server) -> None:
         "pool_tokens": POOL_TOKENS,
         "config": {
             **{"policy": "asl", "budget": None, "pool_kernel": 7, "tau": 0.9},
-            **{"l_min": 3, "l_obs": 2, "max_prefill_tokens": 4096},
+            **{"reach": 1, "score_layers": 1, "max_prefill_tokens": 4096},
+            **{"l_min": 3, "l_obs": 2},
             **{"propagated_share": 0.2, "decay_ratio": 0.9, "bands": 1},
             **{"preset": None, "hidden_memory": "device", "pass_share": 1.0},
             **{"chunk_tokens": STEP_TOKENS, "reuse": "none", **CONFIG},

@@ -32,6 +32,8 @@ CHANGED: dict[str, Any] = {
     "preset": "paper",
     "window": 16,
     "pool_kernel": 3,
+    "reach": 8,
+    "score_layers": 3,
     "l_min": 2,
     "l_obs": 3,
     "tau": 0.5,

@@ -59,6 +59,24 @@ def test_weighted_rows(dtype: torch.dtype) -> None:
     assert error(ones, want) > 0.1
 
 
+@pytest.mark.parametrize("reach", [2, 5, 64, 200])
+def test_scores_reach_forward(reach: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(9, 6, 64, generator=generator)
+    k = torch.randn(130, 2, 64, generator=generator)
+    want = naive(q, k, 0.125, 3, reach=reach)
+    got = window_scores(q, k, scale=0.125, pool_kernel=3, reach=reach)
+    assert error(got, want) < 3e-6
+    assert error(window_scores(q, k, scale=0.125, pool_kernel=3), want) > 0.1
+
+
+def test_a_peak_is_followed_by_what_it_reaches() -> None:
+    k = torch.zeros(24, 1, 16)
+    k[5] = 1
+    got = window_scores(torch.ones(4, 2, 16), k, scale=1.0, pool_kernel=1, reach=3)[0]
+    assert (got > 1).nonzero().flatten().tolist() == [5, 6, 7]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_strided_keys_score_the_same(dtype: torch.dtype) -> None:
     q = torch.randn(8, 3, 4, 64)[:, 1].to(dtype)
@@ -160,3 +178,5 @@ def test_bad_dtype_stride_and_device() -> None:
         window_scores(q, torch.ones(2, 16, 9).permute(2, 0, 1), scale=1, pool_kernel=7)
     with pytest.raises(ValueError, match=r"k: on meta, the other arguments on cpu"):
         window_scores(q, k.to("meta"), scale=1.0, pool_kernel=7)
+    with pytest.raises(ValueError, match="reach: got 0; allowed: at least 1"):
+        window_scores(q, k, scale=1.0, pool_kernel=7, reach=0)

@@ -25,8 +25,9 @@ def requests(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     return [q.to(dtype) for q in queries], [k.to(dtype) for k in keys]
 
 
+@pytest.mark.parametrize("reach", [1, 20])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_packed_requests_score_as_alone(dtype: torch.dtype) -> None:
+def test_packed_requests_score_as_alone(dtype: torch.dtype, reach: int) -> None:
     queries, keys = requests(dtype)
     got = window_scores(
         torch.cat(queries),
@@ -34,19 +35,20 @@ def test_packed_requests_score_as_alone(dtype: torch.dtype) -> None:
         scale=SCALE,
         pool_kernel=7,
         lengths=LENGTHS,
+        reach=reach,
     )
     parts = got.split([n - WINDOW for n in LENGTHS], dim=1)
     for q, k, part in zip(queries, keys, parts, strict=True):
-        assert error(part, naive(q, k, SCALE, 7)) < TOLERANCES[dtype][0]
+        assert error(part, naive(q, k, SCALE, 7, reach=reach)) < TOLERANCES[dtype][0]
 
 
-def test_layer_score_is_the_sum_over_kv_heads() -> None:
+@pytest.mark.parametrize("reach", [1, 20])
+def test_layer_score_is_the_sum_over_kv_heads(reach: int) -> None:
     queries, keys = requests(torch.float32)
     q, k = torch.cat(queries), torch.cat(keys)
+    options = {"scale": SCALE, "pool_kernel": 3, "reach": reach}
     layer = torch.full((sum(LENGTHS) - len(q),), float("nan"))
-    scores = window_scores(
-        q, k, lengths=LENGTHS, layer_score=layer, scale=SCALE, pool_kernel=3
-    )
+    scores = window_scores(q, k, lengths=LENGTHS, layer_score=layer, **options)
     assert torch.equal(layer, scores.sum(0))
 
 

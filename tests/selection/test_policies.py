@@ -21,6 +21,7 @@ from asl_vllm.selection import (
     decide,
     make_policy,
 )
+from asl_vllm.selection.together import score_together
 
 LAYERS, KV_HEADS, WINDOW, PREFIX, KEPT = 16, 2, 8, 120, 40
 ANY_SCORED = torch.ones(WINDOW, 2, 16), torch.ones(60, 2, 16), 0.25
@@ -118,13 +119,27 @@ def test_what_is_kept_and_what_goes_deeper(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["asl", "snapkv", "fastkv"])
 def test_scores_are_those_of_the_window(name: str) -> None:
-    policy = make(name, pool_kernel=5)
+    policy = make(name, pool_kernel=5, reach=4)
     q, k = torch.randn(WINDOW, 4, 16), torch.randn(100, 2, 16)
     got = policy.score(0, q, k, 0.25)
     assert got is not None
-    want = window_scores(q, k, scale=0.25, pool_kernel=5)
+    want = window_scores(q, k, scale=0.25, pool_kernel=5, reach=4)
     assert torch.equal(got[0], want)
     torch.testing.assert_close(got[1], want.sum(0))
+    (together,) = score_together(policy.config, q, k, [100], 0.25)
+    assert torch.equal(together[0], want)
+
+
+@pytest.mark.parametrize("count", [1, 3, 99])
+def test_asl_sends_deeper_what_some_layer_scored_highest(count: int) -> None:
+    scores = settling_scores(0.9)[:6]
+    decision = decide_all("asl", scores, selection_layer=5, score_layers=count)[-1]
+    lately = torch.stack([one.sum(0) for one in scores[-count:]])
+    assert isinstance(decision.deeper, Tensor)
+    want = best_and_tail(lately.amax(0), KEPT, WINDOW)
+    assert torch.equal(decision.deeper, want)
+    own = best_and_tail(scores[-1].sum(0), KEPT, WINDOW)
+    assert torch.equal(decision.deeper, own) == (count == 1)
 
 
 @pytest.mark.parametrize(

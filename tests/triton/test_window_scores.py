@@ -33,11 +33,11 @@ SHAPES = [
 
 
 def score(
-    q: Tensor, k: Tensor, scale: float, pool_kernel: int, programs: int
+    q: Tensor, k: Tensor, scale: float, pool_kernel: int, programs: int, reach: int = 1
 ) -> Tensor:
     """The kernels' scores, back on the CPU."""
     arguments = on_device(q), on_device(k), scale, pool_kernel
-    return kernels.window_scores(*arguments, programs=programs).cpu()
+    return kernels.window_scores(*arguments, reach=reach, programs=programs).cpu()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -179,3 +179,4 @@ def test_queries_and_keys_that_overflow_show(
         k[slice(*rows), 0, 3] = value
         assert not reference.window_scores(q, k, 0.25, 1).isfinite().any()
         assert not score(q, k, 0.25, 1, programs=4).isfinite().any()
+        assert not score(q, k, 0.25, 1, programs=4, reach=3).isfinite().any()

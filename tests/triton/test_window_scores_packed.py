@@ -20,6 +20,7 @@ from tests.triton.device import DEVICE, INTERPRETED, TOLERANCES, on_device
 pytestmark = pytest.mark.usefixtures("poison")
 
 KERNEL = 7
+REACH = 33
 # M = W + 1, a block of keys and a bit, several splits of them.
 LENGTHS = (33, 70, 200, 64)
 
@@ -52,7 +53,7 @@ def test_matches_reference(shape: tuple[Any, ...]) -> None:
     scale = dim**-0.5
     q, k = torch.cat(queries), torch.cat(keys)
     layer = torch.empty(len(k) - len(q))
-    want = reference.window_scores(q, k, scale, KERNEL, LENGTHS, layer)
+    want = reference.window_scores(q, k, scale, KERNEL, LENGTHS, layer, reach=REACH)
     got_layer = torch.empty(len(k) - len(q), device=DEVICE)
     got = kernels.window_scores(
         on_device(q),
@@ -61,6 +62,7 @@ def test_matches_reference(shape: tuple[Any, ...]) -> None:
         KERNEL,
         LENGTHS,
         got_layer,
+        reach=REACH,
         programs=8,
     )
     assert got.shape == (kv_heads, sum(LENGTHS) - len(LENGTHS) * window)
@@ -75,7 +77,8 @@ def test_only_the_outputs_are_written() -> None:
     room = torch.empty(4, columns + 10, device=DEVICE)
     layer = torch.empty(columns + 10, device=DEVICE)
     out = room[1:3, 5:-5]
-    kernels.window_scores(q, k, 0.2, KERNEL, LENGTHS, layer[5:-5], programs=8, out=out)
+    options = {"reach": REACH, "programs": 8, "out": out}
+    kernels.window_scores(q, k, 0.2, KERNEL, LENGTHS, layer[5:-5], **options)
     assert out.isfinite().all() and layer[5:-5].isfinite().all()
     assert room[0].isnan().all() and room[3].isnan().all()
     assert room[:, :5].isnan().all() and room[:, -5:].isnan().all()

@@ -22,6 +22,7 @@ STATISTICS = "asl_kernels.window_scores.triton.statistics:statistics_kernel"
 COMBINE = "asl_kernels.window_scores.triton.statistics:combine_kernel"
 MASS = "asl_kernels.window_scores.triton.column_sums:mass_kernel"
 AVERAGE = "asl_kernels.window_scores.triton.pooling:average_kernel"
+REACH = "asl_kernels.window_scores.triton.pooling:reach_kernel"
 
 BYTES = {"*i8": 1, "*i16": 2, "*i32": 4, "*i64": 8}
 DTYPES = {
@@ -188,6 +189,19 @@ def average(pool: int, parts: int, several: bool) -> Variant:
     return Variant(AVERAGE, pointers | sizes, constants, tuple(pointers))
 
 
+def reach(tokens: int, several: bool) -> Variant:
+    pointers = types("*fp32", "p_averages", "p_scores", "p_layer")
+    sizes = types("i32", "num_tokens", "num_heads", "num_columns")
+    sizes |= types("i32", "stride_scores_head")
+    constants: dict[str, int | float | bool | None] = {"REACH": tokens}
+    constants |= {"WINDOW": 32, "BLOCK": tiles.AVERAGE_BLOCK}
+    if several:
+        pointers |= types("*i64", "p_starts")
+    else:
+        constants["p_starts"] = None
+    return Variant(REACH, pointers | sizes, constants, tuple(pointers))
+
+
 def scoring(
     dtype: str, window: int, group: int, dim: int, several: bool
 ) -> Iterator[Variant]:
@@ -207,6 +221,7 @@ FEW = (
     final(),
     combine(),
     average(pool=7, parts=1, several=False),
+    reach(48, several=False),
     statistics("*bf16", 32, 4, 128, several=False),
     mass("*bf16", 32, 4, 128, several=False),
     statistics("*fp16", 32, 4, 80, several=True),
@@ -233,6 +248,8 @@ def every() -> Iterator[Variant]:
     yield combine()
     for pool, parts, several in itertools.product((1, 7, 63), (1, 8), (True, False)):
         yield average(pool, parts, several)
+    for tokens, several in itertools.product((2, 48, 64), (True, False)):
+        yield reach(tokens, several)
     for dtype, dim, extras in itertools.product(DTYPES, DIMS, (False, True)):
         yield attention(dtype, 4, dim, extras)
     for dtype, dim in itertools.product(DTYPES, DIMS):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+import torch
 from torch import Tensor
 
 from asl_vllm.config import AslConfig
@@ -13,7 +16,9 @@ class AslPolicy(Policy):
     """Adaptive layer selection (arXiv 2601.07667, section 3).
 
     The selection layer is the first whose rank variance falls below ``tau`` times
-    the first checked layer's, or ``selection_layer`` where the config fixes it.
+    the first checked layer's, or ``selection_layer`` where the config fixes it. The
+    tokens that go deeper have the largest scores there, or in one of ``score_layers``
+    that end there (this repository's).
     """
 
     selects_once = True
@@ -27,6 +32,7 @@ class AslPolicy(Policy):
             l_obs=config.resolved_l_obs(num_layers),
             top=kept_tokens - config.window,
         )
+        self._recent: deque[Tensor] = deque(maxlen=config.score_layers)
 
     def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
         """The rank variance of a checked layer, fp64; see `Policy.observe`."""
@@ -45,8 +51,13 @@ class AslPolicy(Policy):
         ratio = None if observed is None else self._history.ratio(observed)
         settled = ratio is not None and ratio < self._tau
         selects = settled or layer == self.config.selection_layer
+        self._recent.append(layer_score)
         return LayerDecision(
             self.best_per_head(head_scores),
-            self.best_tokens(layer_score) if selects else Keep.ALL,
+            self._best_tokens_lately() if selects else Keep.ALL,
             ratio,
         )
+
+    def _best_tokens_lately(self) -> Tensor:
+        """By each token's largest score of the recent layers."""
+        return self.best_tokens(torch.stack(tuple(self._recent)).amax(0))

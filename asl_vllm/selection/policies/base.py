@@ -105,7 +105,11 @@ class Policy(abc.ABC):
             them deeper, where a later layer restarts.
         """
         return self.attention_scores(
-            window_queries, keys, scale, pool_kernel=self.config.pool_kernel
+            window_queries,
+            keys,
+            scale,
+            pool_kernel=self.config.pool_kernel,
+            reach=self.config.reach,
         )
 
     def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
@@ -168,6 +172,7 @@ class Policy(abc.ABC):
         *,
         pool_kernel: int,
         row_weights: Tensor | None = None,
+        reach: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """What `score` returns, by the attention of the window."""
         before = len(keys) - self.tail
@@ -178,6 +183,7 @@ class Policy(abc.ABC):
             scale=scale,
             pool_kernel=pool_kernel,
             row_weights=row_weights,
+            reach=reach,
             layer_score=layer_score,
         )
         return head_scores, layer_score

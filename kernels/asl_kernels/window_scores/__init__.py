@@ -27,12 +27,14 @@ def window_scores(
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
+    reach: int = 1,
 ) -> Tensor:
     """Scores the tokens before the observation window, per KV head.
 
     Softmax over causal keys in fp32, summed over the window's rows, average-pooled
-    over positions (padding counted), summed over each KV head's query group. On a
-    GPU, Triton kernels do the work; elsewhere, plain torch.
+    over positions (padding counted), summed over each KV head's query group. A score
+    then reaches forward: a token has the largest of ``reach`` scores, its own the last
+    of them. On a GPU, Triton kernels do the work; elsewhere, plain torch.
 
     Several requests may be scored at once, none of which sees another's keys: their
     queries and keys are packed, and ``lengths`` says which are whose.
@@ -53,6 +55,8 @@ def window_scores(
             KV heads, without a kernel of its own on a GPU.
         row_weights: fp32 ``[W]``, above 0 and up to 1 (not checked, since that would
             wait for the device): factors of the window's rows in their sum. None: 1.
+        reach: Tokens whose largest score a token gets, the last of which it is; 1: its
+            own alone.
 
     Returns:
         fp32 ``[Hkv, sum(M - W)]``, requests one after the other.
@@ -60,7 +64,8 @@ def window_scores(
     Raises:
         ValueError: A shape, dtype, stride or device that does not fit.
 
-    Source: arXiv 2601.07667, section 3 (the scoring is SnapKV's).
+    Source: arXiv 2601.07667, section 3 (the scoring is SnapKV's); ``reach`` is this
+    repository's.
     """
     check_shape("q", q, "[n * W, H, D]", None, None, None)
     check_shape("k", k, "[sum(M), Hkv, D]", None, None, q.shape[2])
@@ -70,9 +75,11 @@ def window_scores(
             f"lengths: got {sum(lengths)} tokens in all; k has {k.shape[0]}."
         )
     _check(q, k, [k.shape[0]] if lengths is None else lengths, pool_kernel)
+    if reach < 1:
+        raise ValueError(f"reach: got {reach}; allowed: at least 1.")
     requests = 1 if lengths is None else len(lengths)
     _check_extras(q, requests, k.shape[0], row_weights, layer_score)
-    arguments = q, k, scale, pool_kernel, lengths, layer_score, row_weights
+    arguments = q, k, scale, pool_kernel, lengths, layer_score, row_weights, reach
     if q.is_cuda:
         # Here, so that a CPU build of torch needs no Triton.
         from asl_kernels.window_scores import triton

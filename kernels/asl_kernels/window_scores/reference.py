@@ -17,13 +17,14 @@ def window_scores(
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
+    reach: int = 1,
 ) -> Tensor:
     """See `asl_kernels.window_scores.window_scores`; arguments are checked there."""
     if lengths is None:
         lengths = (k.shape[0],)
     queries, keys = q.chunk(len(lengths)), torch.split(k, list(lengths))
     scores = [
-        _score_one(rows, own, scale, pool_kernel, row_weights)
+        _score_one(rows, own, scale, pool_kernel, row_weights, reach)
         for rows, own in zip(queries, keys, strict=True)
     ]
     together = scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
@@ -38,6 +39,7 @@ def _score_one(
     scale: float,
     pool_kernel: int,
     row_weights: Tensor | None,
+    reach: int,
 ) -> Tensor:
     """Scores ``[Hkv, M - W]`` of one request, q ``[W, H, D]``, k ``[M, Hkv, D]``."""
     window, heads, dim = q.shape
@@ -64,4 +66,7 @@ def _score_one(
         mass = attention.sum(dim=1)
         pooled = F.avg_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
         torch.sum(pooled, dim=0, out=scores[head])
+    if reach > 1:
+        # No score is below 0, what is padded.
+        scores = F.max_pool1d(F.pad(scores, (reach - 1, 0)), reach, stride=1)
     return scores

@@ -4,6 +4,7 @@ N prompt tokens, M tokens at a layer, H query heads, Hkv KV heads, D head size,
 W window, k tokens kept per layer (window included).
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,10 +36,13 @@ class OracleResult:
     logprobs: list[float] = field(default_factory=list)  # one per token
 
 
-def head_scores(q_window: Tensor, k: Tensor, pool_kernel: int) -> Tensor:
+def head_scores(
+    q_window: Tensor, k: Tensor, pool_kernel: int, reach: int = 1
+) -> Tensor:
     """Scores [Hkv, M - W] of the tokens before the window, for each KV head.
 
-    q_window: [W, H, D], the last W queries; k: [M, Hkv, D].
+    q_window: [W, H, D], the last W queries; k: [M, Hkv, D]. reach: of how many pooled
+    scores, a token's own the last, it has the largest.
     """
     if pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel {pool_kernel} is not odd")
@@ -55,7 +59,8 @@ def head_scores(q_window: Tensor, k: Tensor, pool_kernel: int) -> Tensor:
     pooled = F.avg_pool1d(
         column[None], pool_kernel, 1, pool_kernel // 2, count_include_pad=True
     )[0]
-    return pooled.unflatten(0, (num_kv_heads, -1)).sum(1)
+    scores = pooled.unflatten(0, (num_kv_heads, -1)).sum(1)
+    return F.pad(scores, (reach - 1, 0)).unfold(1, reach, 1).amax(2)
 
 
 def descending(score: Tensor) -> Tensor:
@@ -120,6 +125,8 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     full_bands: int | None = None,
+    reach: int = 1,
+    score_layers: int = 1,
 ) -> OracleResult:
     """Greedy tokens after a prompt whose cache keeps `kept` tokens a layer.
 
@@ -128,7 +135,8 @@ def generate(
     "random" selects at selection_layer and keeps random tokens in place of the best.
     With eos_id, generation stops after that token. With full_bands, the layers are in
     that many bands and no layer up to the end of the selection layer's band drops a
-    token; without a selection none does.
+    token; without a selection none does. score_layers: of how many layers' scores, the
+    selection layer's the last, a token has the largest there.
     """
     num_prompt = len(prompt_ids)
     if policy not in POLICIES:
@@ -147,7 +155,8 @@ def generate(
         rule = SelectionRule(kept - window, l_min, l_obs, tau)
         cache = _pruned_prefill(
             model, ids, kept, window, pool_kernel, rule, selection_layer, policy,
-            torch.Generator().manual_seed(seed), result, full_bands,
+            torch.Generator().manual_seed(seed), result, full_bands, reach,
+            score_layers,
         )  # fmt: skip
         # The last prompt token is run again, as a decode step over the pruned cache.
         cache, hidden = rerun_last(model, cache, ids[-1:], num_prompt - 1)
@@ -209,23 +218,27 @@ def _pruned_prefill(
     generator: torch.Generator,
     result: OracleResult,
     full_bands: int | None,
+    reach: int,
+    score_layers: int,
 ) -> Cache:
     """The pruned cache of all the prompt's tokens; fills in what was selected."""
     num_prompt, num_top = len(ids), kept - window
     hidden, positions = model.embed(ids), torch.arange(num_prompt)
     cache = []
+    lately: deque[Tensor] = deque(maxlen=score_layers)
     for index in range(model.config.num_layers):
         result.layer_tokens.append(len(positions))
         out = model.layer(index, hidden, positions)
         hidden = out.hidden
         if full_bands is not None and len(positions) == num_prompt:
             if result.selection_layer is None:
-                scores = head_scores(out.q[-window:], out.k, pool_kernel).sum(0)
+                scores = head_scores(out.q[-window:], out.k, pool_kernel, reach).sum(0)
+                lately.append(scores)
                 if fixed_layer == index or (
                     rule.observe(scores) and fixed_layer is None
                 ):
                     result.selection_layer = index
-                    result.propagated = with_window(scores, num_top, num_prompt)
+                    result.propagated = _lately_best(lately, num_top, num_prompt)
             result.kept_per_layer.append(positions.expand(out.k.shape[1], -1))
             cache.append((out.k, out.v))
             size = model.config.num_layers // full_bands
@@ -237,12 +250,13 @@ def _pruned_prefill(
             result.kept_per_layer.append(positions.expand(out.k.shape[1], -1))
             cache.append((out.k, out.v))
             continue
-        per_head = head_scores(out.q[-window:], out.k, pool_kernel)
+        per_head = head_scores(out.q[-window:], out.k, pool_kernel, reach)
         layer_score = per_head.sum(0)
         triggered = rule.observe(layer_score)
         if policy == "random":
             per_head = torch.rand(per_head.shape, generator=generator)
             layer_score = torch.rand(layer_score.shape, generator=generator)
+        lately.append(layer_score)
         keep = with_window(per_head, num_top, num_prompt)  # [Hkv, k]
         result.kept_per_layer.append(keep)
         entries = keep.t()[..., None].expand(-1, -1, out.k.shape[-1])  # [k, Hkv, D]
@@ -251,11 +265,16 @@ def _pruned_prefill(
             triggered = index == fixed_layer
         if triggered and policy != "snapkv":
             result.selection_layer = index
-            positions = with_window(layer_score, num_top, num_prompt)  # [k]
+            positions = _lately_best(lately, num_top, num_prompt)  # [k]
             result.propagated = positions
             hidden = hidden[positions]
     result.ratios = rule.ratios
     return cache
+
+
+def _lately_best(lately: Sequence[Tensor], num_top: int, num_tokens: int) -> Tensor:
+    """Top tokens [k] by the largest of some layers' scores, and the window."""
+    return with_window(torch.stack(list(lately)).amax(0), num_top, num_tokens)
 
 
 def with_window(score: Tensor, num_top: int, num_tokens: int) -> Tensor:

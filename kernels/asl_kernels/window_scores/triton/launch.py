@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asl_kernels.triton_math import LOG2_E
 from asl_kernels.window_scores.triton.column_sums import mass_kernel
-from asl_kernels.window_scores.triton.pooling import average_kernel
+from asl_kernels.window_scores.triton.pooling import average_kernel, reach_kernel
 from asl_kernels.window_scores.triton.statistics import (
     combine_kernel,
     statistics_kernel,
@@ -47,6 +47,7 @@ def window_scores(
     lengths: Sequence[int] | None = None,
     layer_score: Tensor | None = None,
     row_weights: Tensor | None = None,
+    reach: int = 1,
     *,
     programs: int | None = None,
     out: Tensor | None = None,
@@ -63,6 +64,7 @@ def window_scores(
         lengths: As there.
         layer_score: As there.
         row_weights: As there; they go into the exponents.
+        reach: As there.
         programs: Programs to launch, about; None: as many as the GPU runs at a time.
             The result depends on it only in the order of fp32 sums.
         out: fp32 ``[Hkv, sum(M - W)]`` to write and return; None: a new one.
@@ -150,18 +152,34 @@ def window_scores(
             **blocks,
             **options,
         )
-        average_kernel[(triton.cdiv(longest - window, AVERAGE_BLOCK), requests)](
+        averages = scores if reach == 1 else empty(kv_heads, columns)
+        grid = (triton.cdiv(longest - window, AVERAGE_BLOCK), requests)
+        average_kernel[grid](
             mass,
             starts,
-            scores,
-            layer_score,
+            averages,
+            layer_score if reach == 1 else None,
             longest,
             kv_heads,
             columns,
-            scores.stride(0),
+            averages.stride(0),
             WINDOW=window,
             PARTS=row_blocks,
             POOL=pool_kernel,
             BLOCK=AVERAGE_BLOCK,
         )
+        if reach > 1:
+            reach_kernel[grid](
+                averages,
+                starts,
+                scores,
+                layer_score,
+                longest,
+                kv_heads,
+                columns,
+                scores.stride(0),
+                WINDOW=window,
+                REACH=reach,
+                BLOCK=AVERAGE_BLOCK,
+            )
     return scores

@@ -1,4 +1,4 @@
-"""Pooling of the column sums into the scores."""
+"""Pooling of the column sums into the scores, and how far those reach."""
 
 from __future__ import annotations
 
@@ -58,6 +58,58 @@ def average_kernel(
                 b_sum += tl.load(p_part + o_near, mask=m_near, other=0.0)
             p_part += num_heads.to(tl.int64) * num_columns
         b_score = b_sum / POOL
+        tl.store(p_out + o_keys, b_score, mask=m_keys)
+        b_layer += b_score
+        p_head += num_columns
+        p_out += stride_scores_head
+    if p_layer is not None:
+        tl.store(p_layer + i_column + o_keys, b_layer, mask=m_keys)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["num_tokens", "num_heads", "num_columns", "stride_scores_head"]
+)
+def reach_kernel(
+    p_averages: tl.tensor,
+    p_starts: tl.tensor,
+    p_scores: tl.tensor,
+    p_layer: tl.tensor,
+    num_tokens: tl.tensor,
+    num_heads: tl.tensor,
+    num_columns: tl.tensor,
+    stride_scores_head: tl.tensor,
+    WINDOW: tl.constexpr,
+    REACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Largest of the ``REACH`` averages of a request that end with a key's own.
+
+    A program takes ``BLOCK`` keys of a request and all KV heads, over which it sums up
+    the layer score where ``p_layer`` is not None.
+
+    Shapes: averages fp32 ``[Hkv, num_columns]``; the others as in `average_kernel`.
+    Units: as averages, at least 0.
+    Bytes moved: ``8 * Hkv * num_columns`` (those before are in cache), and
+    ``4 * num_columns`` for the layer score.
+    FLOPs: ``REACH * Hkv * num_columns``.
+    """
+    i_request = tl.program_id(1)
+    i_first, num_keys = keys_of(p_starts, i_request, num_tokens)
+    num_keys -= WINDOW
+    i_column = i_first - i_request.to(tl.int64) * WINDOW
+    o_keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    b_layer = tl.zeros([BLOCK], tl.float32)
+    p_head = p_averages + i_column
+    p_out = p_scores + i_column
+    for _ in range(0, num_heads):
+        b_score = tl.zeros([BLOCK], tl.float32)
+        for tap in tl.range(0, REACH, loop_unroll_factor=8):
+            o_before = o_keys - tap
+            m_before = (o_before >= 0) & m_keys
+            b_before = tl.load(p_head + o_before, mask=m_before, other=0.0)
+            # Not a number stays so, as in `mass_kernel`.
+            b_score = tl.maximum(b_score, b_before, propagate_nan=tl.PropagateNan.ALL)
         tl.store(p_out + o_keys, b_score, mask=m_keys)
         b_layer += b_score
         p_head += num_columns
