@@ -156,8 +156,9 @@ def _take_place(job: Job, received: Sequence[int]) -> Job:
     os.environ.update(job.environment)
     path = job.environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [folder for folder in path if folder and folder not in sys.path]
-    # By a variable of the environment, when it is imported.
+    # By variables of the environment, when they are imported.
     values.ValueClass = values.get_value_class()
+    importlib.import_module("vllm.logger")._configure_vllm_root_logger()
     return job
 
 

@@ -236,7 +236,7 @@ def test_the_log_shows_neither_keys_nor_prompts(server: Server) -> None:
         )
     assert_serves(server)
     log = server.log.read_text(encoding="utf-8", errors="replace")
-    assert "asl_vllm" in log
+    assert "asl_vllm" in log and " INFO " in log
     assert API_KEY not in log
     assert "the secret key is" not in log
 
