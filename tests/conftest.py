@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # The models of the tests are too small to share among threads, and threads that
 # spin for each other are slow where cores are few.
@@ -18,6 +19,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+# How long an example takes says nothing where others share the cores.
+settings.register_profile("shared cores", settings.default, deadline=None)
+settings.load_profile("shared cores")
 
 SERVERS = frozenset(
     {

@@ -45,7 +45,6 @@ class StepReports(KVConnectorWorkerMetadata):
         joined = dict(self.reports)
         for request_id, report in other.reports.items():
             mine = joined.get(request_id, report)
-            assert mine.pruned_bands == report.pruned_bands
             assert mine.selection_layer == report.selection_layer, (
                 f"ranks disagree on the selection layer of {request_id}: "
                 f"{mine.selection_layer} and {report.selection_layer}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
+from asl_vllm.prefill import PrefillReport
 from asl_vllm.selection.budget import PrunedPrompt
 
 PLAN_KEY = "asl_vllm_plan"
@@ -36,13 +37,23 @@ class PrunePlan(PrunedPrompt):
     reuse: str = "none"
     """What it takes from the prefix cache, one of `asl_vllm.config.REUSE_MODES`."""
 
-    def freed_blocks(self, pruned_bands: int) -> int:
-        """Blocks that the prompt does not hold where so many bands are pruned."""
-        return self.pruned_blocks * pruned_bands
+    @property
+    def absent_blocks(self) -> int:
+        """Those of the pruned blocks that no layer holds from the first; none or all.
 
-    def in_force(self, pruned_bands: int) -> PrunePlan:
-        """What it came to: nothing is pruned where no band is."""
-        return self if pruned_bands else dataclasses.replace(self, pruned_blocks=0)
+        None with full shallow layers: which layers are, the prefill finds out.
+        """
+        return 0 if self.keep_shallow else self.pruned_blocks
+
+    def freed_blocks(self, report: PrefillReport | None) -> int:
+        """Blocks that the prompt does not hold after this prefill; None: none was."""
+        return self.pruned_blocks * report.pruned_bands if report else 0
+
+    def in_force(self, report: PrefillReport | None) -> PrunePlan:
+        """What it came to: nothing is pruned where no layers are."""
+        if report and report.pruned_bands:
+            return self
+        return dataclasses.replace(self, pruned_blocks=0)
 
     def send_with(self, params: SamplingParams) -> None:
         """Has a request's parameters carry it to the engine core."""

@@ -42,15 +42,14 @@ class PromptResult:
 
 def prompt_result(plan: PrunePlan, report: PrefillReport | None) -> PromptResult:
     """Of one sequence; without a ``report`` its prompt was not pruned."""
-    pruned_bands = report.pruned_bands if report else 0
-    held = plan.in_force(pruned_bands)
+    held = plan.in_force(report)
     return PromptResult(
         policy=plan.policy,
         budget_tokens=plan.budget_tokens,
         selection_layer=report.selection_layer if report else None,
         kept_tokens=held.kept_tokens,
         pruned_tokens=held.pruned_tokens,
-        freed_blocks=plan.freed_blocks(pruned_bands),
+        freed_blocks=plan.freed_blocks(report),
         skipped_token_layers=report.skipped_token_layers if report else 0,
         reused_tokens=report.reused_tokens if report else 0,
         reused_token_layers=report.reused_token_layers if report else 0,

@@ -46,7 +46,7 @@ class Prefill(Prompt):
         self._tap = LayerTap(buffers)
         self._chunk_tokens = chunk_tokens
         self._row = 0
-        self._prefix = CachedPrefix(job, model, self._bands)
+        self._prefix = CachedPrefix(job, model, self._tables)
         self._rerun: Rerun | None = None
         self._reused_token_layers = 0
         self._rerun_token_layers = 0
@@ -68,7 +68,7 @@ class Prefill(Prompt):
             computed_token_layers=self.computed_token_layers,
             skipped_token_layers=max(0, full - saved - self.computed_token_layers),
             seconds=time.perf_counter() - self._started,
-            pruned_bands=self._pruned_bands,
+            pruned_bands=self._tables.pruned_bands,
             reused_tokens=self.job.reused_tokens,
             reused_token_layers=self._reused_token_layers,
             rerun_token_layers=self._rerun_token_layers,

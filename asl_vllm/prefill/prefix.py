@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import Rows
 from asl_vllm.prefill.job import PrefillJob
 from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.tables import BlockTables
 
 
 class CachedPrefix:
@@ -18,10 +18,12 @@ class CachedPrefix:
     among them went through the layers again, see `Rerun`, and are rows like others.
     """
 
-    def __init__(self, job: PrefillJob, model: DecoderModel, bands: Bands) -> None:
+    def __init__(
+        self, job: PrefillJob, model: DecoderModel, tables: BlockTables
+    ) -> None:
         self.rows = job.reused_tokens
         self._model = model
-        self._bands = bands
+        self._tables = tables
         self._blocks = torch.tensor(
             [list(ids) for ids in job.reused_block_ids],
             dtype=torch.int64,
@@ -32,7 +34,7 @@ class CachedPrefix:
         """Makes the prefix the first rows of this layer, in the buffers too."""
         self._model.load_prefix(
             layer,
-            self._blocks[self._bands.of(layer)],
+            self._blocks[self._tables.row(layer)],
             buffers.keys[: self.rows],
             buffers.values[: self.rows],
         )

@@ -9,10 +9,10 @@ import torch
 
 from asl_kernels.gather_kept import gather_kept
 from asl_vllm.prefill.advancing import Advancing
-from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import PrefillBuffers, Rows
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress
 from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.tables import BlockTables
 from asl_vllm.selection.deciding import FiniteCheck, Reading, deciding
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
@@ -57,8 +57,7 @@ class Prompt(Advancing):
         self._num_rows = job.num_prompt_tokens
         self._written_layers = 0
         self._selection_layer: int | None = None
-        self._bands = Bands(model.shape.num_layers, job.bands)
-        self._pruned_bands = 0 if job.keep_shallow else job.bands
+        self._tables = BlockTables(job, model.shape.num_layers)
         self._deeper: torch.Tensor | None = None
         self._finite = FiniteCheck()
         self._started = time.perf_counter()
@@ -112,8 +111,8 @@ class Prompt(Advancing):
     def asks(self) -> bool:
         """Whether the policy is asked about the layer.
 
-        Where tokens are selected but a band's end is awaited, nothing is asked; and a
-        layer of k tokens keeps them all.
+        Where tokens are selected but are yet to be left behind, nothing is asked; and
+        a layer of k tokens keeps them all.
         """
         return self._deeper is None and self._num_rows > self.job.kept_tokens
 
@@ -147,7 +146,7 @@ class Prompt(Advancing):
         layer = self._layer
         keys = self._buffers.keys[: self._num_rows]
         values = self._buffers.values[: self._num_rows]
-        if self._keeps_all or decision.kept is Keep.ALL:
+        if self._tables.keeps_all or decision.kept is Keep.ALL:
             self._write(keys, values)
         elif isinstance(decision.kept, torch.Tensor):
             self._write(*gather_kept(keys, values, decision.kept))
@@ -159,19 +158,13 @@ class Prompt(Advancing):
                 self._restart(decision.deeper)
             else:
                 self._deeper = decision.deeper
-        # A band has one block table, so where it keeps all tokens they pass all of it.
-        if not self._keeps_all or self._bands.ends(layer):
+        if self._tables.may_leave(layer):
             self._go_deeper(layer)
-
-    @property
-    def _keeps_all(self) -> bool:
-        """Whether layers keep every token: so far no band lacks the pruned ones."""
-        return not self._pruned_bands
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # The last row is the last prompt token: the engine's own step computes it.
         keys, values = keys[:-1], values[:-1]
-        slots = self._slots[self._bands.of(self._layer), -len(keys) :]
+        slots = self._slots[self._tables.row(self._layer), -len(keys) :]
         self._model.write_kept(self._layer, keys, values, slots)
         self._written_layers += 1
 
@@ -183,9 +176,7 @@ class Prompt(Advancing):
         self._positions = self._positions[self._deeper]
         self._num_rows = len(self._deeper)
         self._deeper = None
-        if self._keeps_all:
-            # 0 after the last band: then no layer follows.
-            self._pruned_bands = self._bands.below(layer)
+        self._tables.left(layer)
 
     def _restart(self, tokens: torch.Tensor) -> None:
         """Starts over with these tokens as a prompt that ends where this one does."""

@@ -13,6 +13,7 @@ from asl_vllm.config import POLICY_NAMES, AslConfig
 from asl_vllm.engine.frontend.admission import plan_request
 from asl_vllm.engine.plan import PLAN_KEY, PrunePlan, plan_of
 from asl_vllm.engine.settings import Settings
+from asl_vllm.prefill import PrefillReport
 from asl_vllm.selection.budget import minimum_budget
 
 CONFIG = AslConfig(policy="asl")
@@ -127,10 +128,13 @@ def test_a_budget_beyond_any_prompt_fits_vllms_messages() -> None:
 
 def test_what_a_plan_comes_to_where_no_band_is_pruned() -> None:
     plan = plan_for(CONFIG, 1000, kv_budget=256)
-    assert plan.in_force(2) is plan
-    assert (plan.freed_blocks(2), plan.freed_blocks(0)) == (94, 0)
-    none = plan.in_force(0)
-    assert (none.kept_tokens, none.pruned_tokens) == (1000, 0)
+    two = PrefillReport(3, 700, 2000, 0.1, pruned_bands=2)
+    assert plan.in_force(two) is plan
+    assert plan.freed_blocks(two) == 94
+    for report in (PrefillReport(None, 700, 0, 0.1, pruned_bands=0), None):
+        none = plan.in_force(report)
+        assert (none.kept_tokens, none.pruned_tokens) == (1000, 0)
+        assert plan.freed_blocks(report) == 0
 
 
 def test_a_plan_travels_in_extra_args() -> None:

@@ -174,10 +174,8 @@ def admit(
             plan = dataclasses.replace(plan, reuse="none")
         # Left set, this would make the scheduler ignore connectors.
         params.skip_reading_prefix_cache = False
-        if plan.keep_shallow:
-            # Until it is prefilled each band holds all of it, and should no layer be
-            # selected, for good.
-            pruned = 0
+        # Should no layer be selected, all layers may hold the others for good.
+        pruned = plan.absent_blocks * plan.block_size
     length = _length_that_fits(
         settings, given, params, num_prompt_tokens, pruned, not obstacle, length_field
     )

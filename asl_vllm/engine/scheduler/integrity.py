@@ -207,14 +207,14 @@ def _row(manager: Any, request_id: str, row: list[Any]) -> Iterator[str]:
 
 def _pruned_are_apart(managers: Any, pool: BlockPool) -> Iterator[str]:
     rows = [
-        (band, request_id, _pruned_blocks(manager, request_id), row)
-        for band, manager in enumerate(managers)
+        (group, request_id, _pruned_blocks(manager, request_id), row)
+        for group, manager in enumerate(managers)
         for request_id, row in manager.req_to_blocks.items()
     ]
     places: dict[int, set[tuple[int, int, int]]] = {}
-    for band, _, pruned, row in rows:
+    for group, _, pruned, row in rows:
         for column, block in enumerate(row):
-            places.setdefault(block.block_id, set()).add((band, pruned, column))
+            places.setdefault(block.block_id, set()).add((group, pruned, column))
     for _, request_id, pruned, row in rows:
         for block in row if pruned else ():
             if block.is_null:

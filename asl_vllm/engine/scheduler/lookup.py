@@ -63,7 +63,7 @@ class PrefixLookup:
         return "hit" if whole else "partial"
 
     def pinned_ids(self, request_id: str) -> list[list[int]]:
-        """Ids of the blocks that were pinned for a request, a row for each band."""
+        """Ids of the blocks that were pinned for a request, a row for each manager."""
         rows = [manager.pinned(request_id) for manager in self._managers]
         return [[block.block_id for block in row] for row in rows if row]
 
@@ -93,15 +93,13 @@ class PrefixLookup:
         return plan.num_prompt_tokens - self._settings.config.window
 
     def _longest(self, request: Request, plan: PrunePlan) -> list[list[Any]]:
-        """Blocks of each band. Free of effects, since the request may have to wait."""
+        """Of each manager. Free of effects, since the request may have to wait."""
         nothing: list[list[Any]] = [[] for _ in self._managers]
         hashes = self._hashes.get(request.request_id)
         if not hashes:
             return nothing
         size = self._settings.block_size
-        own = cdiv(request.num_tokens, size)
-        if not plan.keep_shallow:
-            own -= plan.pruned_blocks
+        own = cdiv(request.num_tokens, size) - plan.absent_blocks
         # In an empty pool the hit fits beside the request's own blocks, or it would
         # wait for ever.
         longest = min(self._readable_tokens(plan), (self._usable - own) * size)

@@ -88,9 +88,9 @@ class PruningStats(KVConnectorStats):
 
     def add_pruned(self, plan: PrunePlan, report: PrefillReport) -> None:
         """Counts a prompt that was pruned; once, however often it is prefilled."""
-        held = plan.in_force(report.pruned_bands)
+        held = plan.in_force(report)
         self.data["pruned_tokens"] += held.pruned_tokens
-        self.data["freed_blocks"] += plan.freed_blocks(report.pruned_bands)
+        self.data["freed_blocks"] += plan.freed_blocks(report)
         self.data["kept_tokens"].append(held.kept_tokens)
         if report.selection_layer is not None:
             self.data["selection_layer"].append(report.selection_layer)
@@ -135,9 +135,7 @@ class PruningTally:
             self._interval.add_pruned(plan, report)
             self._interval.add_reuse(reuse)
             self.totals["requests"] += 1
-            self.totals["pruned_tokens"] += plan.in_force(
-                report.pruned_bands
-            ).pruned_tokens
+            self.totals["pruned_tokens"] += plan.in_force(report).pruned_tokens
 
     def shared(self, plan: PrunePlan, report: PrefillReport) -> None:
         """A request took its pruned prompt over from another, which reported this."""
@@ -145,7 +143,7 @@ class PruningTally:
         self._interval.add_reuse("shared")
         self.totals["requests"] += 1
         self.totals["shared_prefills"] += 1
-        self.totals["pruned_tokens"] += plan.in_force(report.pruned_bands).pruned_tokens
+        self.totals["pruned_tokens"] += plan.in_force(report).pruned_tokens
 
     def ended(self, policy: str, outcome: str) -> None:
         """A request with a budget ended."""

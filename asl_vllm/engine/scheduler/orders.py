@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.engine.plan import PrunePlan, plan_of
 from asl_vllm.engine.result import prompt_result
-from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.bands import BandManagers
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
@@ -43,7 +43,6 @@ class SchedulerSide:
     def __init__(self, vllm_config: VllmConfig) -> None:
         settings = settings_of(vllm_config)
         self._settings = settings
-        self._bands = settings.bands
         self.num_layers = settings.num_layers
         self._step_tokens = settings.step_tokens
         self._pass_token_layers = settings.pass_token_layers
@@ -62,15 +61,13 @@ class SchedulerSide:
         self.paused = False
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
-        """Finds the block managers whose requests can be pruned, one a band."""
+        """Finds the block managers whose requests can be pruned."""
         self._idle_check = IdleCheck(kv_cache_manager)
         self._log_stats = kv_cache_manager.log_stats
         self.prefixes = PrefixLookup(self._settings, kv_cache_manager)
         self._managers = kv_cache_manager.coordinator.single_type_managers
-        assert all(isinstance(m, PrunedBlocksManager) for m in self._managers)
-        found = [manager.kv_cache_spec.band for manager in self._managers]
-        assert found == list(range(self._bands.count)), found
         settings = self._settings
+        self._bands = BandManagers(self._managers, settings.bands)
         assert {m.block_size for m in self._managers} == {settings.block_size}
         blocks = settings.usable_blocks(kv_cache_manager.block_pool.num_gpu_blocks)
         self.pool_tokens = blocks * settings.block_size
@@ -92,18 +89,10 @@ class SchedulerSide:
         self._plans[request.request_id] = plan
         self._untold.add(request.request_id)
         if plan.pruned_blocks:
-            bands = 0 if plan.keep_shallow else self._bands.count
-            self._prune(request.request_id, plan, bands)
+            self._bands.prune(request.request_id, plan)
             if self.prefixes.may_read(plan):
                 self._twins.add(request, plan)
             self.prefixes.take_hashes(request, plan)
-
-    def _prune(self, request_id: str, plan: PrunePlan, deepest_bands: int) -> None:
-        """Says that so many of the deepest bands lack the pruned blocks."""
-        first = self._bands.count - deepest_bands
-        for band, manager in enumerate(self._managers):
-            pruned = plan.pruned_blocks if band >= first else 0
-            manager.set_pruned_blocks(request_id, pruned)
 
     def tokens_to_load(self, request: Request) -> tuple[int | None, bool]:
         """(N-1, True) for a pruned request, (0, False) for any other.
@@ -132,10 +121,9 @@ class SchedulerSide:
         if busy or self._turned_away or request_id in self._dropped:
             self._turned_away = True
             return None, False
-        if plan.keep_shallow:
-            # Which bands are deep is only known once it has been prefilled, again if
-            # it was preempted.
-            self._prune(request_id, plan, 0)
+        if plan.absent_blocks < plan.pruned_blocks:
+            # After a preemption the next prefill says which layers lack the others.
+            self._bands.prune(request_id, plan)
         self.prefixes.offer(request, plan)
         return plan.num_prompt_tokens - 1, True
 
@@ -146,7 +134,6 @@ class SchedulerSide:
         if twin := self._sharing.pop(request.request_id, None):
             self._on_shared(request, plan, self._reports[twin])
             return
-        first = 0 if plan.keep_shallow else plan.pruned_blocks
         if self._log_stats:
             # vLLM notes it when a request first runs, which is after its prefill.
             request.record_event(EngineCoreEventType.SCHEDULED)
@@ -165,7 +152,7 @@ class SchedulerSide:
                 prompt_token_ids=_packed(request.prompt_token_ids),
                 pruned_blocks=plan.pruned_blocks,
                 block_size=plan.block_size,
-                block_ids=[ids[first:] for ids in blocks.get_block_ids()],
+                block_ids=[ids[plan.absent_blocks :] for ids in blocks.get_block_ids()],
                 keep_shallow=plan.keep_shallow,
                 reused_block_ids=reused,
             )
@@ -218,7 +205,7 @@ class SchedulerSide:
                     self.tally.prefilled(plan, report, reuse, again=again)
                     self._reports[request_id] = report
                     self._untold.add(request_id)
-                    self._prune(request_id, plan, report.pruned_bands)
+                    self._bands.prune(request_id, plan, report)
             self._progress = reports.progress
         for request_id in output.finished_recving or ():
             self._in_flight.pop(request_id, None)
@@ -300,7 +287,7 @@ class SchedulerSide:
             for request_id in self._plans
             if manager.held_blocks(request_id)
         )
-        return pruned * self._settings.block_size // self._bands.count
+        return pruned * self._settings.block_size // len(self._managers)
 
     def _state_of(self, request_id: str, plan: PrunePlan) -> dict[str, Any]:
         report = self._reports.get(request_id)

@@ -38,8 +38,8 @@ class Twins:
         They are chained and hold the salt, so tenants are apart as in vLLM's own cache.
         """
         hashes = request.block_hashes
-        # Full shallow layers: which blocks are pruned is known after the prefill only.
-        if plan.keep_shallow or not hashes:
+        # Where some are absent later, nobody knows which before the prefill has ended.
+        if plan.absent_blocks < plan.pruned_blocks or not hashes:
             return
         assert request.prompt_token_ids is not None
         rest = request.prompt_token_ids[len(hashes) * plan.block_size :]

@@ -64,7 +64,7 @@ class Policy(abc.ABC):
 
     selects_once: ClassVar[bool] = False
     """Tokens are dropped after one layer only, so that the layers up to it may keep
-    every token (``kv_shallow`` full)."""
+    every token."""
 
     def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
         """Sets the policy up for a prompt.
