@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.accuracy.cells import CellError, parse_budget, tokens_of
-from benchmarks.accuracy.report import Table, markdown_table
+from benchmarks.accuracy.report import Table, markdown_table, plot, score_cell, table
 from benchmarks.accuracy.summary import Row
 
 
@@ -108,12 +108,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--budgets", default="1/8", help="tokens kept, or shares of the length"
     )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="instead of tables of budgets: scores with intervals, and a plot of them "
+        "against work; for results of one length",
+    )
     args = parser.parse_args(argv)
     try:
         budgets = [parse_budget(text) for text in args.budgets.split(",")]
     except CellError as error:
         parser.error(f"--budgets: {error}")
     rows: list[Row] = json.loads(args.results.read_text())["cells"]
+    if args.plot:
+        if len({row["length"] for row in rows}) > 1:
+            parser.error("--plot: got results of several lengths; allowed: of one")
+        plot(rows, args.plot)
+        print(markdown_table(table(rows, score_cell)))
+        return
     tables = [at_budget(rows, budget) for budget in budgets]
     tables += [over_budgets(rows, task) for task in _tasks(rows)]
     tables += [mean_layers(rows)] if any(r["policy"] == "asl" for r in rows) else []

@@ -79,9 +79,9 @@ def test_documents_quote_the_digest(capsys: pytest.CaptureFixture[str]) -> None:
         digest.main([str(path), "--budgets", budgets])
     printed = set(capsys.readouterr().out.splitlines())
     text = (ROOT / "docs" / "accuracy.md").read_text()
-    _, study = text.split("\n## The study on small models\n")
+    _, study = text.split("\n## Appendix: the study on small models\n")
     quoted = [line for line in study.splitlines() if line.startswith("| ")]
-    assert len(quoted) > 50
+    assert len(quoted) > 5
     assert [line for line in quoted if line not in printed] == []
 
 
@@ -89,11 +89,24 @@ def test_documents_quote_the_real_model() -> None:
     path = ROOT / "benchmarks" / "results" / "accuracy-smollm2.json"
     rows = json.loads(path.read_text())["cells"]
     text = (ROOT / "docs" / "accuracy.md").read_text()
-    for cell in (report.score_cell, report.work_cell):
-        assert report.markdown_table(report.table(rows, cell)) in text
+    assert report.markdown_table(report.table(rows, report.score_cell)) in text
     assert {row["n"] for row in rows} == {
         int(text.split(" test prompts")[0].split()[-1])
     }
+
+
+def test_scores_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, plot = tmp_path / "results.json", tmp_path / "images" / "plot.png"
+    rows = summary(RECORDS)
+    path.write_text(json.dumps({"cells": rows}))
+    digest.main([str(path), "--plot", str(plot)])
+    want = report.markdown_table(report.table(rows, report.score_cell))
+    assert capsys.readouterr().out == want + "\n"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    path.write_text(json.dumps({"cells": [*rows, {**rows[0], "length": 1024}]}))
+    with pytest.raises(SystemExit):
+        digest.main([str(path), "--plot", str(plot)])
+    assert "several lengths" in capsys.readouterr().err
 
 
 def test_a_bad_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
