@@ -20,13 +20,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
-from asl_vllm.engine.lines import UNTESTED_VARIABLE
 from asl_vllm_testing.template import Job, Template
 
 READ_LATE = frozenset(
     {
+        "ASL_VLLM_UNTESTED",
         "PYTHONPATH",
-        UNTESTED_VARIABLE,
         "VLLM_API_KEY",
         "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
         "VLLM_ENABLE_RESPONSES_API_STORE",
