@@ -125,7 +125,7 @@ class AslConfig:
     """Where a prompt's hidden states live between layers, one of `HIDDEN_MEMORY`:
     ``host`` takes pinned host memory in place of device memory, for two copies of
     each row a layer."""
-    reuse: str = "none"
+    reuse: str = "read"
     """Default ``kv_reuse`` of requests that name none, one of `REUSE_MODES`: ``read``
     takes a prompt's prefix from vLLM's prefix cache where it is there."""
     chunk_tokens: int | None = None

@@ -136,6 +136,7 @@ class Settings:
         return {
             **self.config.to_dict(),
             **self.config.resolved_rule(self.num_layers),
+            "reuse": self.config.reuse if self.reads_prefixes else "none",
             "max_prefill_tokens": self.prefill_capacity,
             "chunk_tokens": self.chunk_tokens,
         }

@@ -186,7 +186,7 @@ def make_host(
     ``engine`` are more engine arguments, ``policy`` options of asl_vllm.
     """
     config = engine_config(
-        {"policy": "asl", "window": 8, **policy},
+        {"policy": "asl", "window": 8, "reuse": "none", **policy},
         max_model_len=2048,
         block_size=BLOCK,
         max_num_batched_tokens=step_tokens,
