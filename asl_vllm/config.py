@@ -127,7 +127,8 @@ class AslConfig:
     each row a layer."""
     reuse: str = "read"
     """Default ``kv_reuse`` of requests that name none, one of `REUSE_MODES`: ``read``
-    takes a prompt's prefix from vLLM's prefix cache where it is there."""
+    takes a prompt's prefix from vLLM's prefix cache where it is there. Without prefix
+    caching, or with a quantised KV cache, it is ``none``."""
     chunk_tokens: int | None = None
     """Tokens a prefill pass sends through one layer at once; None:
     ``max_num_batched_tokens``, or less where ``pass_share`` asks for it."""

@@ -1,7 +1,7 @@
 """Many questions about one document: it is computed once, then read and pruned.
 
 The first call has no budget, so vLLM puts the document into its prefix cache. Each
-question's call reads it there (``kv_reuse``) and keeps ``kv_budget`` tokens of it.
+question's call reads it there and keeps ``kv_budget`` tokens of it.
 Needs a server with prefix caching on, which is vLLM's default on GPUs.
 """
 
@@ -24,7 +24,7 @@ for color in ("red", "silver", "gold"):
         prompt=document + f"question : the {color} key is",
         max_tokens=4,
         temperature=0,
-        extra_body={"kv_budget": 256, "kv_reuse": "read"},
+        extra_body={"kv_budget": 256},
     )
     cache = reply.usage.kv_cache
     print(

@@ -28,6 +28,7 @@ def test_defaults_are_the_reference_settings() -> None:
     assert config.resolved_tau(32) == 0.3
     assert config.selection_layer is None
     assert (config.propagated_share, config.decay_ratio) == (0.2, 0.9)
+    assert config.reuse == "read"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,11 @@ class Settings:
         cache = self.vllm_config.cache_config
         return bool(cache.enable_prefix_caching) and cache.cache_dtype == "auto"
 
+    @property
+    def reuse(self) -> str:
+        """``kv_reuse`` of requests that name none: "none" where nothing can be read."""
+        return self.config.reuse if self.reads_prefixes else "none"
+
     def usable_blocks(self, pool_blocks: int) -> int:
         """Blocks a band that requests can hold of one engine's pool of so many blocks.
 
@@ -136,7 +141,7 @@ class Settings:
         return {
             **self.config.to_dict(),
             **self.config.resolved_rule(self.num_layers),
-            "reuse": self.config.reuse if self.reads_prefixes else "none",
+            "reuse": self.reuse,
             "max_prefill_tokens": self.prefill_capacity,
             "chunk_tokens": self.chunk_tokens,
         }

@@ -1,8 +1,8 @@
 """Where pruning loses.
 
-A prompt asked again that stock vLLM finds in its prefix cache (pruned requests neither
-read nor fill it); a short prompt; and a budget of nearly the whole prompt, selected
-late. Time to first token.
+A prompt asked again that stock vLLM finds in its prefix cache (pruned requests do not
+fill it); a short prompt; and a budget of nearly the whole prompt, selected late. Time
+to first token.
 """
 
 from __future__ import annotations

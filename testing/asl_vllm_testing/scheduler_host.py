@@ -183,7 +183,8 @@ def make_host(
     """A scheduler without an engine, its pool of ``pool_blocks`` blocks.
 
     With ``drafts`` it schedules so many drafted tokens for each request in a step.
-    ``engine`` are more engine arguments, ``policy`` options of asl_vllm.
+    ``engine`` are more engine arguments, ``policy`` options of asl_vllm; prompts are
+    all of one token, so requests read nothing unless ``reuse`` says so.
     """
     config = engine_config(
         {"policy": "asl", "window": 8, "reuse": "none", **policy},

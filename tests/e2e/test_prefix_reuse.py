@@ -34,7 +34,6 @@ def host(random_model: Path) -> Iterator[Engine]:
             "policy": "asl",
             "window": WINDOW,
             "selection_layer": 2,
-            "reuse": "read",
             "check_integrity": True,
         },
         max_num_batched_tokens=1024,

@@ -219,7 +219,7 @@ def test_policies(pruning: Server) -> None:
             **{"l_min": 3, "l_obs": 2},
             **{"propagated_share": 0.2, "decay_ratio": 0.9, "bands": 1},
             **{"preset": None, "hidden_memory": "device", "pass_share": 1.0},
-            **{"chunk_tokens": STEP_TOKENS, "reuse": "none", **CONFIG},
+            **{"chunk_tokens": STEP_TOKENS, **CONFIG},
         },
         "model": MODEL_NAME,
         "version": __version__,

@@ -167,6 +167,29 @@ def test_a_pruned_request_meets_the_connector() -> None:
 
 
 @pytest.mark.parametrize(
+    ("cache", "options", "reuse"),
+    [
+        ({}, {}, "read"),
+        ({}, {"reuse": "none"}, "none"),
+        ({"enable_prefix_caching": False}, {}, "none"),
+        ({"cache_dtype": "fp8"}, {}, "none"),
+    ],
+)
+def test_prompts_read_where_there_is_something_to_read(
+    cache: dict[str, Any], options: dict[str, Any], reuse: str
+) -> None:
+    """Whoever names a mode gets it: "read" takes what is there, be it nothing."""
+    made = config(**options)
+    for name, value in cache.items():
+        setattr(made.cache_config, name, value)
+    for named in (None, "read", "none"):
+        plan = plan_of(check(made, request(200, 64, extra={"kv_reuse": named})))
+        assert plan is not None
+        assert plan.reuse == (named or reuse)
+    assert settings_of(made).resolved_options()["reuse"] == reuse
+
+
+@pytest.mark.parametrize(
     ("options", "value", "said"),
     [
         ({"bands": 5}, "all", "got 'all'; allowed: snapkv, full, or null"),

@@ -136,7 +136,7 @@ def plan_request(
         pruned_blocks=blocks,
         block_size=settings.block_size,
         keep_shallow=given.get(SHALLOW_FIELD) == "full",
-        reuse=given.get(REUSE_FIELD, config.reuse),
+        reuse=given.get(REUSE_FIELD, settings.reuse),
     )
 
 

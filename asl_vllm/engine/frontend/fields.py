@@ -112,7 +112,8 @@ FIELDS: tuple[RequestField, ...] = (
         REUSE_FIELD,
         "What a pruned prompt takes from the server's prefix cache: read, the longest "
         "prefix that is there, which is not computed again; none, nothing. null: the "
-        "server's default. Without a budget it has no effect.",
+        "server's default, which is read where prefix caching is on. Without a budget "
+        "it has no effect.",
         {
             "anyOf": [
                 {"type": "string", "enum": list(REUSE_MODES)},

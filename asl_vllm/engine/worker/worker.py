@@ -76,7 +76,12 @@ class PrefillWorkerMixin:
         )
         spec = scratch_spec(self._prefill_spec, attentions[0].impl)
         self._scratch = ScratchPages(spec, capacity, self.device)
-        logger.info("asl_vllm: policy %s; %s", config.policy, self._memory_line())
+        logger.info(
+            "asl_vllm: policy %s; reuse %s; %s",
+            config.policy,
+            settings.reuse,
+            self._memory_line(),
+        )
 
     def _memory_line(self) -> str:
         capacity, host = self._buffers.capacity, self._buffers.host_bytes
