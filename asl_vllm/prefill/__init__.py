@@ -11,7 +11,7 @@ from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.factory import PrefillFactory
 from asl_vllm.prefill.job import PrefillJob, PrefillProgress, PrefillReport
-from asl_vllm.prefill.model import DecoderModel, Verdict
+from asl_vllm.prefill.model import DecoderModel, Known, Verdict
 from asl_vllm.prefill.pack import Pack
 from asl_vllm.prefill.packer import MOST_PACKED, Packer, most_packed
 from asl_vllm.prefill.passes import Prefill
@@ -25,6 +25,7 @@ __all__ = [
     "Bands",
     "DecoderModel",
     "KeysTaken",
+    "Known",
     "LayerTap",
     "ModelShape",
     "OtherRankError",

@@ -8,7 +8,7 @@ from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.job import PrefillJob
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.passes import Prefill
-from asl_vllm.selection.policies import make_policy
+from asl_vllm.selection.policies import installed_policies, make_policy
 
 
 class PrefillFactory:
@@ -25,6 +25,16 @@ class PrefillFactory:
         self.buffers = buffers
         self.config = config
         self.chunk_tokens = chunk_tokens
+
+    def most_passing(self, job: PrefillJob) -> int:
+        """Tokens of ``job`` that pass a layer at most."""
+        tokens = job.num_prompt_tokens
+        policy = installed_policies().get(job.policy)
+        if not job.reused_tokens or policy is None:
+            return tokens
+        # Tokens of the prefix that are selected pass after all.
+        deeper = policy.most_deeper(self.config, tokens, job.kept_tokens)
+        return max(tokens - job.reused_tokens, deeper)
 
     def __call__(self, job: PrefillJob) -> Prefill:
         """A prefill of ``job``, not yet begun."""

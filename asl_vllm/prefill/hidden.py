@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from asl_kernels.gather_kept import gather_tokens
 from asl_vllm.prefill.shape import ModelShape
+
+Ranges = Sequence[tuple[int, int]]
+"""Ranges ``[start, end)`` of rows, ascending."""
 
 _MOVED_AT_ONCE = 4096
 """Rows that the device moves at once, which bounds the memory that moving takes."""
@@ -33,6 +38,16 @@ class HiddenStates(abc.ABC):
         """Puts ``rows`` back as the rows from ``start`` on."""
 
     @abc.abstractmethod
+    def load_several(self, ranges: Ranges) -> Tensor:
+        """As `load`, of several ranges; their rows one after another."""
+
+    def store_several(self, ranges: Ranges, rows: Tensor) -> None:
+        """Puts back what `load_several` gave."""
+        lengths = [end - start for start, end in ranges]
+        for (start, _), part in zip(ranges, torch.split(rows, lengths), strict=True):
+            self.store(start, part)
+
+    @abc.abstractmethod
     def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
         """Row i becomes row ``kept[i]`` of ``num_rows`` rows, from ``first`` on.
 
@@ -55,6 +70,11 @@ class HiddenPart(HiddenStates):
         """See `HiddenStates.store`."""
         self._whole.store(self._first + start, rows)
 
+    def load_several(self, ranges: Ranges) -> Tensor:
+        """See `HiddenStates.load_several`."""
+        first = self._first
+        return self._whole.load_several([(first + a, first + b) for a, b in ranges])
+
     def keep(self, kept: Tensor, num_rows: int, first: int = 0) -> None:
         """See `HiddenStates.keep`."""
         self._whole.keep(kept, num_rows, self._first + first)
@@ -72,6 +92,11 @@ class DeviceHidden(HiddenStates):
     def load(self, start: int, end: int) -> Tensor:
         """See `HiddenStates.load`: a view."""
         return self._rows[start:end]
+
+    def load_several(self, ranges: Ranges) -> Tensor:
+        """See `HiddenStates.load_several`: a view of one range, a copy of more."""
+        parts = [self.load(start, end) for start, end in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def store(self, start: int, rows: Tensor) -> None:
         """See `HiddenStates.store`; rows that `load` gave are here already."""
@@ -106,8 +131,15 @@ class HostHidden(HiddenStates):
 
     def load(self, start: int, end: int) -> Tensor:
         """See `HiddenStates.load`: rows of the staging buffer."""
-        stage = self._stage[: end - start]
-        return stage.copy_(self._rows[start:end], non_blocking=True)
+        return self.load_several([(start, end)])
+
+    def load_several(self, ranges: Ranges) -> Tensor:
+        """See `HiddenStates.load_several`: rows of the staging buffer."""
+        ends = list(accumulate(end - start for start, end in ranges))
+        for (start, end), last in zip(ranges, ends, strict=True):
+            stage = self._stage[last - (end - start) : last]
+            stage.copy_(self._rows[start:end], non_blocking=True)
+        return self._stage[: ends[-1]]
 
     def store(self, start: int, rows: Tensor) -> None:
         """See `HiddenStates.store`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,16 @@ class Verdict(enum.Enum):
     SAME = "same"
     DIFFERENT = "different"
     FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Known:
+    """First rows of a sequence in a layer, whose keys and values are known."""
+
+    keys: torch.Tensor
+    """``[n, Hkv, D]``, of positions 0 to n - 1."""
+    values: torch.Tensor
+    """``[n, Hkv, Dv]``."""
 
 
 class DecoderModel(Protocol):
@@ -41,6 +52,7 @@ class DecoderModel(Protocol):
         start: int,
         tap: LayerTap,
         lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> None:
         """Sends rows ``[start, start + n)`` of a sequence through one layer.
 
@@ -50,23 +62,26 @@ class DecoderModel(Protocol):
         order. The tap receives the chunk's queries, keys and values; where it asks
         for these only, ``hidden`` is left undefined.
 
-        ``lengths``, where given: the n rows are whole sequences of these lengths, one
-        after the other, none of which sees another; ``start`` is 0.
+        ``lengths``, where given: the n rows are those of several sequences, so many of
+        each, one after the other, none of which sees another; ``start`` is 0.
+        ``loaded``: rows of each that `load_prefixes` put before them.
         """
         ...
 
-    def load_prefix(
+    def load_prefixes(
         self,
         layer: int,
         block_ids: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        into: Sequence[Known],
+        lengths: Sequence[int] = (),
     ) -> None:
         """Makes what blocks of the KV pool hold the first rows of a layer.
 
-        ``block_ids`` int64: whole blocks, in order. ``keys`` [n, Hkv, D] and ``values``
-        [n, Hkv, Dv] receive their n rows, and attention of rows that `run_layer` sends
-        from row n on sees them as rows run before.
+        ``block_ids`` int64: whole blocks, in order, of each sequence after another.
+        ``into``, one for each, receives their rows; attention of rows that `run_layer`
+        sends after them sees them as rows run before. ``lengths``: rows that
+        `run_layer` will send of each, where there are several; a sequence without a
+        prefix has an ``into`` of no rows.
         """
         ...
 
@@ -75,14 +90,15 @@ class DecoderModel(Protocol):
         layer: int,
         positions: torch.Tensor,
         hidden: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        known: Sequence[Known],
+        lengths: Sequence[int],
     ) -> None:
-        """Sends tokens of a sequence through one layer whose keys and values are known.
+        """Sends tokens of sequences through one layer whose keys and values are known.
 
-        ``positions`` [n] ascend and may have gaps; row p of ``keys`` and ``values`` is
-        that of position p. A token attends to those up to its own position, itself
-        included. ``hidden`` [n, E] is replaced in place. Leaves no keys anywhere.
+        ``lengths``: tokens of each sequence, one after another; ``known``: what they
+        see. Their ``positions`` [n] ascend and may have gaps. A token attends to the
+        keys up to its own position, itself included. ``hidden`` [n, E] is replaced in
+        place. Leaves no keys anywhere.
         """
         ...
 

@@ -38,20 +38,19 @@ class Packer:
     def count(self, waiting: Iterable[PrefillJob], alone: Collection[str]) -> int:
         """How many of the first in the queue run together; at least 1.
 
-        All of them are short and fit into one chunk, so that a pass is no longer than
-        that of a long prompt. Those in ``alone`` and those with a cached prefix, whose
-        rows differ from layer to layer, run alone.
+        All of them are short, or what passes of them is, and fit into one chunk, so
+        that a pass is no longer than that of a long prompt. Those in ``alone`` run
+        alone.
         """
         buffers, chunk = self._factory.buffers, self._factory.chunk_tokens
         most = chunk // _SHORT
         count = tokens = rows = 0
         for job in waiting:
-            length = job.num_prompt_tokens
-            tokens += length
-            rows += -(-length // self._page) * self._page
+            passing = self._factory.most_passing(job)
+            tokens += passing
+            rows += -(-job.num_prompt_tokens // self._page) * self._page
             fits = tokens <= chunk and rows <= buffers.capacity
-            short = length <= most and not job.reused_tokens
-            if not (fits and short) or job.request_id in alone:
+            if not fits or passing > most or job.request_id in alone:
                 break
             count += 1
             if count == buffers.packed:

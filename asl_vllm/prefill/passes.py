@@ -14,9 +14,10 @@ from asl_vllm.prefill.agreement import (
 )
 from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.job import PrefillJob, PrefillReport
-from asl_vllm.prefill.model import DecoderModel
-from asl_vllm.prefill.prefix import CachedPrefix, Rerun
+from asl_vllm.prefill.model import DecoderModel, Known
+from asl_vllm.prefill.prefix import CachedPrefix
 from asl_vllm.prefill.prompt import Prompt
+from asl_vllm.prefill.rerun import Rerun
 from asl_vllm.prefill.tap import LayerTap
 from asl_vllm.selection.deciding import read_together
 from asl_vllm.selection.errors import SelectionError
@@ -46,17 +47,18 @@ class Prefill(Prompt):
         self._tap = LayerTap(buffers)
         self._chunk_tokens = chunk_tokens
         self._row = 0
-        self._prefix = CachedPrefix(job, model, self._tables)
-        self._rerun: Rerun | None = None
+        self.prefix = CachedPrefix(job, model, self._tables)
+        self.rerun: Rerun | None = None
+        """Runs before the next layer does."""
         self._reused_token_layers = 0
         self._rerun_token_layers = 0
 
     @property
     def next_cost(self) -> int:
         """Token-layers of the pass that runs next."""
-        if self._rerun is not None:
-            return self._rerun.next_rows(self._chunk_tokens)
-        row = max(self._row, self._prefix.rows)
+        if self.rerun is not None:
+            return self.rerun.next_rows(self._chunk_tokens)
+        row = max(self._row, self.prefix.rows)
         return min(self._chunk_tokens, self._num_rows - row)
 
     def report(self) -> PrefillReport:
@@ -75,15 +77,15 @@ class Prefill(Prompt):
         )
 
     def _run_pass(self) -> None:
-        if self._rerun is not None:
-            self._run_again(self._rerun)
+        if self.rerun is not None:
+            self._run_again(self.rerun)
             return
         if self._row == 0:
             self.begin_layer()
-        if self._row == 0 and self._prefix.rows:
+        if self._row == 0 and self.prefix.rows:
             self._load_prefix()
         start = self._row
-        if start == self._prefix.rows:
+        if start == self.prefix.rows:
             last = self._layer == self._model.shape.num_layers - 1
             self._tap.start_layer(self._num_rows, keys_only=last)
         end = min(start + self._chunk_tokens, self._num_rows)
@@ -100,7 +102,7 @@ class Prefill(Prompt):
             self._row = 0
             self._finish_layer()
 
-    # These two a `Pack` calls, in place of passes.
+    # These a `Pack` calls, in place of passes.
 
     def begin_layer(self) -> None:
         """All of the layer's rows pass next: their hidden states are there."""
@@ -108,7 +110,7 @@ class Prefill(Prompt):
             self._embed()
 
     def _embed(self) -> None:
-        for start in range(self._prefix.rows, self._num_rows, self._chunk_tokens):
+        for start in range(self.prefix.rows, self._num_rows, self._chunk_tokens):
             end = min(start + self._chunk_tokens, self._num_rows)
             hidden = self._model.embed(
                 self._token_ids[start:end], self._positions[start:end]
@@ -117,20 +119,32 @@ class Prefill(Prompt):
 
     def passed(self) -> None:
         """All of the layer's rows have passed it; keys and values are there."""
-        self.computed_token_layers += self._num_rows
+        self.computed_token_layers += self._num_rows - self.prefix.rows
+        self._reused_token_layers += self.prefix.rows
 
-    def _run_again(self, rerun: Rerun) -> None:
-        rows = rerun.next_rows(self._chunk_tokens)
+    def known(self) -> Known:
+        """Where its cached prefix is to be loaded."""
+        return self.prefix.known(self._buffers)
+
+    def count_rerun(self, rows: int) -> None:
+        """So many rows of its rerun pass a layer."""
         self.computed_token_layers += rows
         self._rerun_token_layers += rows
+
+    def leave_rerun(self) -> None:
+        """Goes on with the next layer, if that was the last of its rerun."""
+        if self.rerun is not None and self.rerun.done:
+            self.rerun = None
+
+    def _run_again(self, rerun: Rerun) -> None:
+        self.count_rerun(rerun.next_rows(self._chunk_tokens))
         rerun.run_pass(self._model, self._buffers, self._chunk_tokens)
-        if rerun.done:
-            self._rerun = None
+        self.leave_rerun()
 
     def _load_prefix(self) -> None:
-        self._prefix.load(self._layer, self._buffers)
-        self._reused_token_layers += self._prefix.rows
-        self._row = self._prefix.rows
+        self.prefix.load(self._layer, self._buffers)
+        self._reused_token_layers += self.prefix.rows
+        self._row = self.prefix.rows
 
     def _finish_layer(self) -> None:
         if self.asks:
@@ -180,11 +194,11 @@ class Prefill(Prompt):
         deeper = self._deeper
         super()._go_deeper(layer)
         # Rows of a cached prefix are of no meaning yet: `Rerun` fills those selected.
-        if deeper is not None and self._prefix.rows:
+        if deeper is not None and self.prefix.rows:
             self._leave_prefix(deeper, layer)
 
     def _restart(self, tokens: torch.Tensor) -> None:
-        self._prefix.rows = 0
+        self.prefix.rows = 0
         super()._restart(tokens)
 
     def _leave_prefix(self, deeper: torch.Tensor, layer: int) -> None:
@@ -192,8 +206,8 @@ class Prefill(Prompt):
 
         Synchronises with the host.
         """
-        cached = deeper[deeper < self._prefix.rows]
+        cached = deeper[deeper < self.prefix.rows]
         if len(cached) and not self.done:
-            self._rerun = Rerun(self._prefix, cached, self._token_ids, layer)
+            self.rerun = Rerun(self.prefix, cached, self._token_ids, layer)
         else:
-            self._prefix.rows = 0
+            self.prefix.rows = 0

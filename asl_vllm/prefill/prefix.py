@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from asl_vllm.prefill.buffers import Rows
 from asl_vllm.prefill.job import PrefillJob
-from asl_vllm.prefill.model import DecoderModel
+from asl_vllm.prefill.model import DecoderModel, Known
 from asl_vllm.prefill.tables import BlockTables
 
 
@@ -30,70 +32,29 @@ class CachedPrefix:
             device=model.shape.device,
         )
 
+    def blocks(self, layer: int) -> torch.Tensor:
+        """Ids int64 of the blocks that hold it in this layer; none if ``rows`` is 0."""
+        if not self.rows:
+            return self._blocks.new_empty(0)
+        return self._blocks[self._tables.row(layer)]
+
+    def known(self, buffers: Rows) -> Known:
+        """Where the prefix is, once it is loaded."""
+        return Known(buffers.keys[: self.rows], buffers.values[: self.rows])
+
     def load(self, layer: int, buffers: Rows) -> None:
         """Makes the prefix the first rows of this layer, in the buffers too."""
-        self._model.load_prefix(
-            layer,
-            self._blocks[self._tables.row(layer)],
-            buffers.keys[: self.rows],
-            buffers.values[: self.rows],
-        )
+        into = [self.known(buffers)]
+        self._model.load_prefixes(layer, self.blocks(layer), into)
 
 
-class Rerun:
-    """Selected tokens of a cached prefix, sent through layers 0 to ``last`` again.
-
-    Nobody stored their hidden states, so these are computed anew, for them alone: a
-    token attends to the cached keys up to its own position, as it did the first time.
-    They are the first ``num_rows`` rows of the buffers' hidden states in the end, and
-    overwrite the buffers' keys and values.
-    """
-
-    def __init__(
-        self,
-        prefix: CachedPrefix,
-        positions: torch.Tensor,
-        token_ids: torch.Tensor,
-        last: int,
-    ) -> None:
-        self._prefix = prefix
-        self._positions = positions
-        self._token_ids = token_ids[positions]
-        self._last = last
-        self._layer = 0
-        self._row = 0
-        self.num_rows = len(positions)
-
-    @property
-    def done(self) -> bool:
-        """Whether they are through the last of these layers."""
-        return self._layer > self._last
-
-    def next_rows(self, chunk_tokens: int) -> int:
-        """Rows of the pass that runs next."""
-        return min(chunk_tokens, self.num_rows - self._row)
-
-    def run_pass(self, model: DecoderModel, buffers: Rows, chunk_tokens: int) -> None:
-        """Sends one chunk through one layer."""
-        start, end = self._row, self._row + self.next_rows(chunk_tokens)
-        if start == 0:
-            self._prefix.load(self._layer, buffers)
-        positions = self._positions[start:end]
-        if self._layer == 0:
-            hidden = model.embed(self._token_ids[start:end], positions)
-        else:
-            hidden = buffers.hidden.load(start, end)
-        rows = self._prefix.rows
-        model.run_at(
-            self._layer,
-            positions,
-            hidden,
-            buffers.keys[:rows],
-            buffers.values[:rows],
-        )
-        buffers.hidden.store(start, hidden)
-        self._row = end
-        if end == self.num_rows:
-            self._layer, self._row = self._layer + 1, 0
-            if self.done:
-                self._prefix.rows = 0
+def load_together(
+    model: DecoderModel,
+    layer: int,
+    prefixes: Sequence[CachedPrefix],
+    into: Sequence[Known],
+    lengths: Sequence[int],
+) -> None:
+    """`CachedPrefix.load` of several, be they empty, before rows that pass together."""
+    blocks = torch.cat([prefix.blocks(layer) for prefix in prefixes])
+    model.load_prefixes(layer, blocks, into, lengths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from asl_kernels.gather_kept import gather_tokens
@@ -65,17 +67,32 @@ class PackTap(LayerTap):
     def __init__(self, buffers: PrefillBuffers) -> None:
         super().__init__(buffers)
         self._last: torch.Tensor | None = None
+        self._ranges: Sequence[tuple[int, int]] = ()
 
     def start_pack(
-        self, num_rows: int, window_rows: torch.Tensor, *, keys_only: bool
+        self,
+        ranges: Sequence[tuple[int, int]],
+        window_rows: torch.Tensor,
+        *,
+        keys_only: bool,
     ) -> None:
-        """A layer begins that ``num_rows`` tokens will pass at once.
+        """A layer begins that these ranges of rows will pass at once.
 
-        ``window_rows`` int64 [prompts * W]: the last W of each prompt's.
+        ``window_rows`` int64 [prompts * W]: of those that pass, the last W of each
+        prompt.
         """
-        self.start_layer(num_rows, keys_only=keys_only)
-        self.start_chunk(0, num_rows)
+        self.keys_only = keys_only
+        self._ranges = ranges
         self._last = window_rows
+
+    def on_kv(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Takes the keys [n, Hkv, D] and values [n, Hkv, Dv]."""
+        passed = 0
+        for start, end in self._ranges:
+            n = end - start
+            self._buffers.keys[start:end].copy_(key[passed : passed + n])
+            self._buffers.values[start:end].copy_(value[passed : passed + n])
+            passed += n
 
     def on_query(self, query: torch.Tensor) -> None:
         """Takes the queries [n, H, D]; keeps those of each prompt's window."""

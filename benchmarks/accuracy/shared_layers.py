@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asl_vllm.prefill import LayerTap, ModelShape, Verdict
+from asl_vllm.prefill import Known, LayerTap, ModelShape, Verdict
 from asl_vllm_testing.oracle.model import LayerOutput, TinyDecoder
 from benchmarks.accuracy.continuation import Cache, finish
 
@@ -238,6 +238,7 @@ class SharedLayers:
         start: int,
         tap: LayerTap,
         lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> None:
         """See `DecoderModel.run_layer`; one sequence at a time."""
         assert not lengths
@@ -252,14 +253,18 @@ class SharedLayers:
         layer: int,
         positions: Tensor,
         hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        known: Sequence[Known],
+        lengths: Sequence[int],
     ) -> None:
         """Not asked for: no prompt here reuses a prefix."""
         raise NotImplementedError
 
-    def load_prefix(
-        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    def load_prefixes(
+        self,
+        layer: int,
+        block_ids: Tensor,
+        into: Sequence[Known],
+        lengths: Sequence[int] = (),
     ) -> None:
         """Likewise."""
         raise NotImplementedError

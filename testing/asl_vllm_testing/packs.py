@@ -109,7 +109,7 @@ def equal_to_alone(
     written: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     reports: dict[str, PrefillReport] = {}
     for work in works:
-        alone = ToyDecoder(shape=model.shape)
+        alone = ToyDecoder(shape=model.shape, pool=model.pool)
         prefill = made_factory(alone, **options)(work)
         prefill.advance(PLENTY)
         written |= alone.written

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asl_vllm.config import AslConfig
 from asl_vllm.prefill import (
+    Known,
     LayerTap,
     ModelShape,
     Prefill,
@@ -69,6 +70,10 @@ class ToyDecoder:
     """What another rank brings to each; None: there is none."""
     pool: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Keys and values of each layer that `load_prefix` reads; a block is a row."""
+    loads: list[int] = field(default_factory=list)
+    """Prefixes of each `load_prefixes`."""
+    reruns: list[int] = field(default_factory=list)
+    """Tokens of each `run_at`."""
     poison: set[int] = field(default_factory=set)
     """Layers of which the tap is shown one chunk of NaN keys, once."""
 
@@ -101,6 +106,7 @@ class ToyDecoder:
         start: int,
         tap: LayerTap,
         lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> None:
         assert len(positions) == len(hidden)
         assert not lengths or (sum(lengths), start) == (len(hidden), 0)
@@ -116,13 +122,7 @@ class ToyDecoder:
         rows = start + torch.arange(len(q))
         keys, values = self.keys[layer], self.values[layer]
         if lengths:
-            parts = [torch.split(part, list(lengths)) for part in (q, keys, values)]
-            heads = torch.cat(
-                [
-                    self._attend(layer, own, torch.arange(len(own)), key, value)
-                    for own, key, value in zip(*parts, strict=True)
-                ]
-            )
+            heads = self._attend_apart(layer, (q, keys, values), lengths, loaded)
         else:
             heads = self._attend(layer, q, rows, keys, values)
         hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
@@ -161,14 +161,47 @@ class ToyDecoder:
         weights = logits.masked_fill(~causal[:, None], float("-inf")).softmax(-1)
         return (weights[..., None] * all_rows(values)).sum(2)
 
-    def load_prefix(
-        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    def _attend_apart(
+        self,
+        layer: int,
+        rows: tuple[Tensor, Tensor, Tensor],
+        lengths: Sequence[int],
+        loaded: Sequence[int],
+    ) -> Tensor:
+        """Of several sequences, each behind the rows that were loaded of it."""
+        none = Known(rows[1][:0], rows[2][:0])
+        known = self._known if loaded else [none] * len(lengths)
+        assert [len(own.keys) for own in known] == (list(loaded) or [0] * len(lengths))
+        parts = [torch.split(part, list(lengths)) for part in rows]
+        heads = []
+        for own, q, key, value in zip(known, *parts, strict=True):
+            last = len(own.keys) + torch.arange(len(q))
+            keys = torch.cat([own.keys, key])
+            values = torch.cat([own.values, value])
+            heads.append(self._attend(layer, q, last, keys, values))
+        return torch.cat(heads)
+
+    def load_prefixes(
+        self,
+        layer: int,
+        block_ids: Tensor,
+        into: Sequence[Known],
+        lengths: Sequence[int] = (),
     ) -> None:
+        self.loads.append(len(into))
+        rows = [len(own.keys) for own in into]
         pool_keys, pool_values = self.pool[layer]
-        keys.copy_(pool_keys[block_ids])
-        values.copy_(pool_values[block_ids])
-        self.keys[layer], self.values[layer] = keys.clone(), values.clone()
-        self.queries[layer] = keys.new_zeros(len(keys), *self._query_dims)
+        parts = zip(into, block_ids.split(rows), strict=True)
+        for own, blocks in parts:
+            own.keys.copy_(pool_keys[blocks])
+            own.values.copy_(pool_values[blocks])
+        # Attention's own copy: the caller may overwrite his.
+        self._known = [Known(own.keys.clone(), own.values.clone()) for own in into]
+        if not lengths:
+            (first, *_) = self._known
+            self.keys[layer], self.values[layer] = first.keys, first.values
+            shape = len(first.keys), *self._query_dims
+            self.queries[layer] = first.keys.new_zeros(shape)
 
     @property
     def _query_dims(self) -> tuple[int, int]:
@@ -179,14 +212,18 @@ class ToyDecoder:
         layer: int,
         positions: Tensor,
         hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        known: Sequence[Known],
+        lengths: Sequence[int],
     ) -> None:
-        assert bool((positions[1:] > positions[:-1]).all())
+        self.reruns.append(len(hidden))
         turn = 1 + 0.01 * positions[:, None, None]
         q = turn * self._project(self.w_q[layer], hidden, self.shape.num_heads)
-        heads = self._attend(layer, q, positions, keys, values)
-        hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
+        heads = []
+        at = positions.split(list(lengths)), q.split(list(lengths))
+        for own, last, rows in zip(known, *at, strict=True):
+            assert bool((last[1:] > last[:-1]).all())
+            heads.append(self._attend(layer, rows, last, own.keys, own.values))
+        hidden += (torch.cat(heads).flatten(1)[:, None] * self.w_o[layer]).sum(-1)
 
     def write_kept(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor

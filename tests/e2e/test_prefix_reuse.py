@@ -44,6 +44,10 @@ def host(random_model: Path) -> Iterator[Engine]:
 def ask(host: Engine, prompt: list[int], **options: Any) -> tuple[Any, int]:
     """Tokens with their log-probabilities, and cached tokens."""
     (reply,) = host.generate([prompt], logprobs=1, **options)
+    return _told(reply)
+
+
+def _told(reply: Any) -> tuple[Any, int]:
     (answer,) = reply.outputs
     chosen = [
         step[token].logprob
@@ -77,6 +81,32 @@ def test_equal_to_scratch(
     same, cached = ask(host, DOCUMENT + OTHER)
     assert cached >= HIT
     assert same[0] == donor[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_questions_at_once_are_answered_as_alone(
+    host: Engine, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Together where few of their tokens pass a layer: pyramidinfer drops too few."""
+    host.llm.reset_prefix_cache()
+    asked = [DOCUMENT + random_prompt(30 + 5 * i, seed=10 + i) for i in range(3)]
+    pruned = {"budget": BUDGET, "policy": policy}
+    alone = [ask(host, prompt, reuse="none", **pruned)[0] for prompt in asked]
+    ask(host, DOCUMENT + OTHER)
+    together: set[int] = set()
+    load = host.factory.model.load_prefixes
+
+    def counted(layer: int, blocks: Tensor, into: Any, *args: Any) -> None:
+        together.add(len(into))
+        load(layer, blocks, into, *args)
+
+    monkeypatch.setattr(host.factory.model, "load_prefixes", counted)
+    replies = host.generate(asked, logprobs=1, **pruned)
+    assert together == {1 if policy == "pyramidinfer" else len(asked)}
+    for reply, answer in zip(replies, alone, strict=True):
+        found, cached = _told(reply)
+        assert cached == HIT
+        assert _close(found, answer)
 
 
 def _checksums(host: Engine) -> dict[int, str]:

@@ -104,6 +104,29 @@ def test_sequences_lie_in_pages_of_their_own(lengths: tuple[int, ...]) -> None:
     assert builder.built == 1
 
 
+def test_sequences_lie_behind_what_was_loaded_of_them() -> None:
+    metadata, builder = made()
+    loaded, lengths = [20, 0, 16], [5, 7, 16]
+    found = metadata.of_several(lengths, loaded)
+    assert found.query_start_loc.tolist() == [0, 5, 12, 28]
+    assert found.seq_lens.tolist() == found.seq_lens_cpu_upper_bound.tolist()
+    assert found.seq_lens.tolist() == [25, 7, 32]
+    assert (found.max_query_len, found.max_seq_len) == (16, 32)
+    before = metadata.slots_before(loaded, lengths).split(loaded)
+    own = found.slot_mapping.split(lengths)
+    for table, early, late in zip(found.block_table_tensor, before, own, strict=True):
+        slots = torch.cat([early, late])
+        at = torch.arange(len(slots))
+        assert slots.tolist() == (table[at // PAGE] * PAGE + at % PAGE).tolist()
+    every = torch.cat([*before, *own]).tolist()
+    assert len(set(every)) == len(every)
+    assert metadata.slots_before([20], [5]).tolist() == list(range(20))
+    # Whether something was loaded tells two packs of the same lengths apart.
+    assert metadata.of_several(lengths).seq_lens.tolist() == lengths
+    assert metadata.of_several(lengths, loaded).seq_lens.tolist() == [25, 7, 32]
+    assert builder.built == 3
+
+
 def test_sequences_without_room_are_refused() -> None:
     with pytest.raises(AssertionError, match="no room"):
         made()[0].of_several([1] * 8)

@@ -13,6 +13,8 @@ from asl_vllm.engine.worker import ranks as ranks_module
 from asl_vllm.engine.worker.decoder import VllmDecoder
 from asl_vllm.prefill import RankLostError, Verdict
 
+EMPTY = torch.empty(0, dtype=torch.int64)
+
 
 def fail(*args: Any, **kwargs: Any) -> Any:
     raise torch.OutOfMemoryError("injected")
@@ -24,6 +26,8 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> VllmDecoder:
     made: Any = VllmDecoder.__new__(VllmDecoder)
     made.shape = SimpleNamespace(device=torch.device("cpu"))
     made._embed = made._run_layer = fail
+    made._attentions = [SimpleNamespace(kv_cache=EMPTY)]
+    made._pool_rows = SimpleNamespace(rows_of=fail)
     monkeypatch.setattr(ranks_module, "tensor_model_parallel_all_reduce", fail)
     monkeypatch.setattr(torch.distributed, "all_reduce", fail)
     decoder: VllmDecoder = made
@@ -39,6 +43,7 @@ NOTHING: Any = None
 TOGETHER: dict[str, Callable[[VllmDecoder], object]] = {
     "embed": lambda decoder: decoder.embed(NOTHING, NOTHING),
     "run_layer": lambda decoder: decoder.run_layer(0, NOTHING, NOTHING, 0, NOTHING),
+    "load_prefixes": lambda decoder: decoder.load_prefixes(0, EMPTY, []),
     "sum_over_ranks": lambda decoder: decoder.sum_over_ranks(NOTHING),
     "greatest": lambda decoder: decoder.greatest(0.0),
     "exchange": lambda decoder: decoder.exchange(False, b""),

@@ -51,9 +51,7 @@ def test_what_was_written_is_read(
         lambda k, v: _write(page, k, v),
     )
     wanted = torch.tensor([4, 0, 5])
-    read_keys = torch.empty((3 * SIZE, HEADS, dim), dtype=dtype)
-    read_values = torch.empty((3 * SIZE, HEADS, value_dim), dtype=dtype)
-    rows_of.read(pool[wanted], read_keys, read_values)
+    read_keys, read_values = rows_of.rows_of(pool[wanted])
     at = (wanted[:, None] * SIZE + torch.arange(SIZE)).flatten()
     assert torch.equal(read_keys, keys[at])
     assert torch.equal(read_values, values[at])

@@ -32,8 +32,8 @@ from asl_vllm_testing.packs import (
 from asl_vllm_testing.toy import SHAPE, ToyDecoder
 
 
-def launches_of(works: list[PrefillJob], *, packed: int) -> Counter[str]:
-    """Kernels that a GPU would be sent for prompts that score every layer."""
+def launches_of(works: list[PrefillJob], *, packed: int, **way: Any) -> Counter[str]:
+    """Kernels that a GPU would be sent for prompts, and calls of the model."""
     launches = Launches()
 
     def scored(*args: Any, **kwargs: Any) -> Any:
@@ -44,11 +44,11 @@ def launches_of(works: list[PrefillJob], *, packed: int) -> Counter[str]:
     with pytest.MonkeyPatch.context() as patched:
         for module in (base, together):
             patched.setattr(module, "window_scores", scored)
-        for name in ("run_layer", "write_kept"):
+        for name in ("run_layer", "write_kept", "load_prefixes", "run_at"):
             patched.setattr(
                 ToyDecoder, name, lambda *_, name=name: launches.names.append(name)
             )
-        queue, _ = queue_of(works, packed=packed)
+        queue, _ = queue_of(works, packed=packed, **way)
         with torch.inference_mode(), launches:
             drain(queue)
     return Counter(launches.names)
@@ -111,6 +111,27 @@ def test_the_model_and_scores_are_launched_once_for_all() -> None:
     assert packed.total() - shared <= alone.total() - 4 * shared + LAYERS
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "asl"])
+def test_hits_are_loaded_run_and_scored_once_for_all(policy: str) -> None:
+    """A hit alone costs a model's launches for a handful of rows, layer by layer."""
+    kinds, way = [(policy, 40, 20)] * 8, {"selection_layer": 2}
+    works = [
+        dataclasses.replace(work, reused_block_ids=[list(range(34))])
+        for work in jobs(*kinds)
+    ]
+    one = launches_of(works[:1], packed=1, **way)
+    alone = launches_of(works, packed=1, **way)
+    packed = launches_of(works, packed=8, **way)
+    shared = ["run_layer", "score", "load_prefixes"]
+    shared += ["run_at"] if policy == "asl" else []
+    for name in shared:
+        assert packed[name] == one[name] == alone[name] / 8 > 0
+    # What is kept of each is chosen for each. Rows have gaps between them: they are
+    # put together and back, which is a copy a layer and prompt.
+    rest = alone.total() - 8 * sum(one[name] for name in shared)
+    assert packed.total() - sum(one[name] for name in shared) < 1.1 * rest
+
+
 def test_no_pass_is_longer_than_a_chunk() -> None:
     queue, model = queue_of(jobs(*[("asl", 30 + n, 10) for n in range(30)]))
     drain(queue, 1)
@@ -157,8 +178,6 @@ def test_who_runs_together() -> None:
     assert packer.count(jobs(("asl", 80, 20), ("asl", 80, 20)), ()) == 2
     assert packer.count(jobs(("asl", 80, 20), ("asl", 81, 20)), ()) == 1
     assert packer.count(jobs(("asl", 81, 20), ("asl", 80, 20)), ()) == 1
-    cached = dataclasses.replace(eight[1], reused_block_ids=[[1, 2, 3]])
-    assert packer.count([eight[0], cached, eight[2]], ()) == 1
     more = Packer(made_factory(ToyDecoder(), packed=100))
     assert more.count(jobs(*[("asl", 40, 20)] * 9), ()) == 8, "as many as fit a chunk"
     paged = Packer(made_factory(ToyDecoder(), packed=100), page=128)

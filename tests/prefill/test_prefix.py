@@ -12,16 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from asl_vllm.prefill import LayerTap, PrefillBuffers, PrefillJob
+from asl_vllm.prefill import PrefillBuffers, PrefillJob
 from asl_vllm.prefill.hidden import HostHidden
+from asl_vllm_testing.donated import donated
 from asl_vllm_testing.toy import (
     CAPACITY,
     SHAPE,
-    VOCABULARY,
     WINDOW,
     Run,
     ToyDecoder,
-    buffers,
     job,
     prefill,
     run,
@@ -40,34 +39,11 @@ WAYS = [
 ]
 
 
-def _donated(
-    prefix: list[int], rows: int, seed: int
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """The pool after a prompt that begins with ``prefix`` and goes on otherwise."""
-    other = torch.randint(
-        VOCABULARY, (7,), generator=torch.Generator().manual_seed(seed)
-    )
-    donor = ToyDecoder()
-    tokens = torch.cat([torch.tensor(prefix), other])[:CAPACITY]
-    positions = torch.arange(len(tokens))
-    hidden = donor.embed(tokens, positions)
-    tap = LayerTap(buffers())
-    for layer in range(SHAPE.num_layers):
-        tap.start_layer(len(tokens))
-        tap.start_chunk(0, len(tokens))
-        donor.run_layer(layer, positions, hidden, 0, tap)
-    # In reverse, so that no block lies where its row does.
-    return {
-        layer: (donor.keys[layer][:rows].flip(0), donor.values[layer][:rows].flip(0))
-        for layer in donor.keys
-    }
-
-
 def _over_prefix(work: PrefillJob, hit: int, seed: int = 7, **options: object) -> Run:
     model = ToyDecoder()
     if hit:
         tokens = list(work.prompt_token_ids)[:hit]
-        model.pool = _donated(tokens, hit, seed)
+        model.pool = donated(tokens, seed)
         rows = [list(range(hit))[::-1]] * work.bands
         work = dataclasses.replace(work, reused_block_ids=rows)
     return run(work, model=model, **options)
@@ -138,7 +114,7 @@ def test_a_rerun_is_cut_into_passes_and_counted() -> None:
     """No pass takes more than a chunk, so other requests wait no longer than usual."""
     chunk, hit = 5, 38
     work = _work(WAYS[1], 44)
-    model = ToyDecoder(pool=_donated(list(work.prompt_token_ids)[:hit], hit, 1))
+    model = ToyDecoder(pool=donated(list(work.prompt_token_ids)[:hit], 1))
     work = dataclasses.replace(work, reused_block_ids=[list(range(hit))[::-1]])
     begun, *_ = prefill(work, model=model, chunk=chunk, **_settings(WAYS[1]))
     while not begun.done:

@@ -54,7 +54,8 @@ class ChunkMetadata:
         )
         self._bounds[:, 1] = numbers[: most + 1]
         self._made: dict[tuple[int, int], Any] = {}
-        self._packed: tuple[tuple[int, ...], Any] = (), None
+        self._packed: tuple[Any, Any] = None, None
+        self._before: tuple[Any, torch.Tensor] = None, scratch.slots
 
     def of(self, start: int, end: int) -> Any:
         """The backend's metadata of rows ``[start, end)``."""
@@ -70,30 +71,54 @@ class ChunkMetadata:
             self._made[key] = found
         return found
 
-    def of_several(self, lengths: Sequence[int]) -> Any:
-        """The backend's metadata of whole sequences, one after the other.
+    def of_several(self, lengths: Sequence[int], loaded: Sequence[int] = ()) -> Any:
+        """The backend's metadata of sequences, so many rows of each, one by one.
 
-        Each lies in scratch pages of its own. Layers share what is built once.
+        Each lies in scratch pages of its own, behind ``loaded`` rows that are there.
+        Layers share what is built once.
         """
-        key = tuple(lengths)
+        key = tuple(lengths), tuple(loaded)
         if self._packed[0] != key:
-            common = self._common_of_several(key)
+            before = loaded or [0] * len(lengths)
+            common = self._common_of_several(lengths, before)
             self._packed = key, self._builder.build(0, common, fast_build=True)
         return self._packed[1]
 
-    def _common_of_several(self, lengths: tuple[int, ...]) -> CommonAttentionMetadata:
+    def slots_before(
+        self, loaded: Sequence[int], lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Slots of the rows that are to be there before `of_several`'s."""
+        if len(loaded) == 1:
+            return self._scratch.slots[: loaded[0]]
+        key = tuple(loaded), tuple(lengths)
+        if self._before[0] != key:
+            page = self._scratch.spec.block_size
+            pages = [cdiv(a + b, page) for a, b in zip(loaded, lengths, strict=True)]
+            places = [
+                torch.arange(first * page, first * page + rows)
+                for first, rows in zip([0, *accumulate(pages)], loaded, strict=False)
+            ]
+            slots = self._scratch.slots
+            at = on_device(torch.cat(places).to(slots.dtype), slots.device)
+            self._before = key, at
+        return self._before[1]
+
+    def _common_of_several(
+        self, lengths: Sequence[int], loaded: Sequence[int]
+    ) -> CommonAttentionMetadata:
         page, slots = self._scratch.spec.block_size, self._scratch.slots
-        pages = [cdiv(length, page) for length in lengths]
+        in_all = [a + b for a, b in zip(loaded, lengths, strict=True)]
+        pages = [cdiv(length, page) for length in in_all]
         first = [0, *accumulate(pages)]
         assert first[-1] <= self._scratch.block_table.shape[1], "no room for all"
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        seq_lens = torch.tensor(in_all, dtype=torch.int32)
         # Columns behind a row's pages are not read.
         columns = torch.arange(max(pages), dtype=torch.int32)
         table = torch.tensor(first[:-1], dtype=torch.int32)[:, None] + columns
         places = [
-            torch.arange(start * page, start * page + length)
-            for start, length in zip(first, lengths, strict=False)
+            torch.arange(start * page + before, start * page + length)
+            for start, before, length in zip(first, loaded, in_all, strict=False)
         ]
         device = slots.device
         return CommonAttentionMetadata(
@@ -104,7 +129,7 @@ class ChunkMetadata:
             num_reqs=len(lengths),
             num_actual_tokens=int(ends[-1]),
             max_query_len=max(lengths),
-            max_seq_len=max(lengths),
+            max_seq_len=max(in_all),
             block_table_tensor=on_device(table, device),
             slot_mapping=on_device(torch.cat(places).to(slots.dtype), device),
         )

@@ -25,7 +25,7 @@ from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.engine.worker.stages.find import attention_layers, list_of_layers
 from asl_vllm.engine.worker.stages.positions import of_text, position_dimensions
 from asl_vllm.engine.worker.stages.proof import Proof
-from asl_vllm.prefill import KeysTaken, LayerTap, ModelShape
+from asl_vllm.prefill import KeysTaken, Known, LayerTap, ModelShape
 
 
 def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> ModelShape:
@@ -111,11 +111,12 @@ class VllmDecoder(Ranks):
         start: int,
         tap: LayerTap,
         lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> None:
         """See `DecoderModel.run_layer`."""
         with among_ranks(f"layer {layer}"):
             lent = self._tapped(layer, tap)
-            self._run_layer(layer, positions, hidden, start, lent, lengths)
+            self._run_layer(layer, positions, hidden, start, lent, lengths, loaded)
 
     @torch.inference_mode()
     def run_at(
@@ -123,29 +124,35 @@ class VllmDecoder(Ranks):
         layer: int,
         positions: torch.Tensor,
         hidden: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        known: Sequence[Known],
+        lengths: Sequence[int],
     ) -> None:
         """See `DecoderModel.run_at`."""
         with among_ranks(f"layer {layer}"):
-            lent = self._instead(layer, positions, keys, values)
+            lent = self._instead(layer, positions, known, lengths)
             self._run_layer(layer, positions, hidden, 0, lent)
 
     @torch.inference_mode()
-    def load_prefix(
+    def load_prefixes(
         self,
         layer: int,
         block_ids: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        into: Sequence[Known],
+        lengths: Sequence[int] = (),
     ) -> None:
-        """See `DecoderModel.load_prefix`."""
-        attention: Any = self._attentions[layer]
-        self._pool_rows.read(attention.kv_cache[block_ids], keys, values)
-        slots = self._scratch.slots[: len(keys)]
-        attention.impl.do_kv_cache_update(
-            attention, keys, values, self._scratch.pages, slots
-        )
+        """See `DecoderModel.load_prefixes`."""
+        with among_ranks("a cached prefix"):
+            attention: Any = self._attentions[layer]
+            keys, values = self._pool_rows.rows_of(attention.kv_cache[block_ids])
+            rows = [len(own.keys) for own in into]
+            parts = zip(into, keys.split(rows), values.split(rows), strict=True)
+            for own, key, value in parts:
+                own.keys.copy_(key)
+                own.values.copy_(value)
+            slots = self._chunks.slots_before(rows, lengths or [0] * len(rows))
+            attention.impl.do_kv_cache_update(
+                attention, keys, values, self._scratch.pages, slots
+            )
 
     @cached_property
     def _pool_rows(self) -> PoolRows:
@@ -176,8 +183,10 @@ class VllmDecoder(Ranks):
         start: int,
         lent: AbstractContextManager[None],
         lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> None:
-        with self._around(start, start + len(hidden), (layer,), lengths), lent:
+        end = start + len(hidden)
+        with self._around(start, end, (layer,), lengths, loaded), lent:
             try:
                 self._stages.run(layer, of_text(positions, self._dimensions), hidden)
             except KeysTaken:
@@ -204,18 +213,24 @@ class VllmDecoder(Ranks):
 
     @contextmanager
     def _around(
-        self, start: int, end: int, layers: Sequence[int], lengths: Sequence[int] = ()
+        self,
+        start: int,
+        end: int,
+        layers: Sequence[int],
+        lengths: Sequence[int] = (),
+        loaded: Sequence[int] = (),
     ) -> Iterator[None]:
         """What calls of these layers on rows ``[start, end)`` need around them.
 
-        With ``lengths`` the rows are whole prompts of these lengths, one by one.
+        With ``lengths`` the rows are so many of each prompt, one by one, behind
+        ``loaded`` ones.
         """
         attentions = [self._attentions[layer] for layer in layers]
         names = [attention.layer_name for attention in attentions]
         pools = [attention.kv_cache for attention in attentions]
         metadata = None
         if lengths:
-            metadata = self._chunks.of_several(lengths)
+            metadata = self._chunks.of_several(lengths, loaded)
         elif layers:
             metadata = self._chunks.of(start, end)
         slots = {} if metadata is None else dict.fromkeys(names, metadata.slot_mapping)
@@ -252,14 +267,14 @@ class VllmDecoder(Ranks):
         self,
         layer: int,
         positions: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        known: Sequence[Known],
+        lengths: Sequence[int],
     ) -> Iterator[None]:
         impl: Any = self._attentions[layer].impl
 
         def attend(query: torch.Tensor, output: torch.Tensor) -> None:
             n = len(positions)
-            attend_at(query[:n], positions, keys, values, impl.scale, output[:n])
+            attend_at(query[:n], positions, known, lengths, impl.scale, output[:n])
 
         impl.instead = attend
         try:

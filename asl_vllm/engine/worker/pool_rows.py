@@ -52,12 +52,8 @@ class PoolRows:
         assert bool((places[1:] >= 0).all()), "a row was not written to the page"
         self._key_places, self._value_places = places[1:].split(counts)
 
-    def read(
-        self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Copies the rows of ``pages`` [n, ...] to keys and values, n blocks' rows."""
+    def rows_of(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values in the rows of ``pages`` [n, ...]."""
         flat = pages.reshape(len(pages), -1)
-        rows, heads, size = self._keys
-        keys.view(-1, rows * heads * size).copy_(flat[:, self._key_places])
-        rows, heads, size = self._values
-        values.view(-1, rows * heads * size).copy_(flat[:, self._value_places])
+        keys = flat[:, self._key_places].view(-1, *self._keys[1:])
+        return keys, flat[:, self._value_places].view(-1, *self._values[1:])

@@ -34,6 +34,11 @@ class AslPolicy(Policy):
         )
         self._recent: deque[Tensor] = deque(maxlen=config.score_layers)
 
+    @classmethod
+    def most_deeper(cls, config: AslConfig, num_tokens: int, kept_tokens: int) -> int:
+        """See `Policy.most_deeper`."""
+        return kept_tokens
+
     def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
         """The rank variance of a checked layer, fp64; see `Policy.observe`."""
         if self.config.selection_layer is not None:

@@ -88,6 +88,15 @@ class Policy(abc.ABC):
         self.tail = config.window
         """Last tokens of a layer that have no score and always stay."""
 
+    @classmethod
+    def most_deeper(cls, config: AslConfig, num_tokens: int, kept_tokens: int) -> int:
+        """Of so many tokens, the most that pass a layer after any were dropped.
+
+        A prompt over a cached prefix passes with others where these are few. By
+        default as many as before: it passes alone.
+        """
+        return num_tokens
+
     def score(
         self, layer: int, window_queries: Tensor, keys: Tensor, scale: float
     ) -> tuple[Tensor, Tensor] | None:

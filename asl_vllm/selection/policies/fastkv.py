@@ -27,6 +27,11 @@ class FastKvPolicy(Policy):
         super().__init__(config, num_layers=num_layers, kept_tokens=kept_tokens)
         self._layer = config.resolved_selection_layer(num_layers, _REFERENCE_LAYER)
 
+    @classmethod
+    def most_deeper(cls, config: AslConfig, num_tokens: int, kept_tokens: int) -> int:
+        """See `Policy.most_deeper`."""
+        return max(kept_tokens, int(config.propagated_share * num_tokens))
+
     def decide(
         self,
         layer: int,
@@ -38,8 +43,7 @@ class FastKvPolicy(Policy):
         deeper: Tensor | Keep = Keep.ALL
         if layer == self._layer:
             tokens = len(layer_score) + self.tail
-            share = int(self.config.propagated_share * tokens)
-            count = max(self.kept_tokens, share)
+            count = self.most_deeper(self.config, tokens, self.kept_tokens)
             if count < tokens:
                 deeper = self.best_tokens(layer_score, count)
         return LayerDecision(self.best_per_head(head_scores), deeper)

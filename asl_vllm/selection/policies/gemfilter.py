@@ -29,6 +29,11 @@ class GemFilterPolicy(Policy):
         self._layer = config.resolved_selection_layer(num_layers, _REFERENCE_LAYER)
         self.tail = 1
 
+    @classmethod
+    def most_deeper(cls, config: AslConfig, num_tokens: int, kept_tokens: int) -> int:
+        """See `Policy.most_deeper`: all that start over."""
+        return kept_tokens
+
     def score(
         self, layer: int, window_queries: Tensor, keys: Tensor, scale: float
     ) -> tuple[Tensor, Tensor] | None:
