@@ -54,12 +54,18 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         for engine in engines:
             if not engine.stock:
                 yield _samples(bench, engine)
+    # Room for the prompts of all questions in a prefill's buffers: they pass together.
+    longest = max(
+        scale.document_tokens + scale.answer_tokens + 64,
+        QUESTIONS * scale.document_tokens,
+    )
+    beside = scale.document_tokens // 50 + scale.answer_tokens + 1024
     with bench.engines(
         scale.layer_bound,
         policies,
-        max_model_len=scale.document_tokens + scale.answer_tokens + 64,
-        pool_tokens=scale.document_tokens
-        + QUESTIONS * (scale.document_tokens // 50 + scale.answer_tokens + 1024),
+        max_model_len=longest,
+        # Stock vLLM wants a pool that holds the longest request.
+        pool_tokens=max(longest, scale.document_tokens + QUESTIONS * beside),
         enable_prefix_caching=True,
     ) as engines:
         yield from _questions(bench, engines)
