@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from asl_vllm.engine.worker.warm_up import warm_up
-from asl_vllm.prefill import Packer, PrefillFactory, hidden, prompt
+from asl_vllm.prefill import Known, Packer, PrefillFactory, hidden, prompt
 from asl_vllm.selection import settling, together
 from asl_vllm.selection.policies import POLICIES, base
 from asl_vllm_testing import toy
@@ -29,6 +30,7 @@ class Quiet(ToyDecoder):
         self.slots: set[int] = set()
         self.read: set[int] = set()
         self.again: list[int] = []
+        self.together = 0
 
     def write_kept(
         self, layer: int, keys: Tensor, values: Tensor, slots: Tensor
@@ -36,14 +38,20 @@ class Quiet(ToyDecoder):
         assert len(keys) == len(values) == len(slots)
         self.slots.update(slots.tolist())
 
-    def load_prefix(
-        self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor
+    def load_prefixes(
+        self, layer: int, block_ids: Tensor, into: Sequence[Known], *args: Any
     ) -> None:
         """As of an empty pool."""
-        assert len(keys) == len(block_ids) * BLOCK
+        rows = sum(len(own.keys) for own in into)
+        assert rows == len(block_ids) * BLOCK
         self.read.update(block_ids.tolist())
-        self.pool[layer] = (keys.new_zeros(keys.shape), values.new_zeros(values.shape))
-        super().load_prefix(layer, torch.arange(len(keys)), keys, values)
+        self.together = max(self.together, len(into))
+        first = into[0]
+        self.pool[layer] = (
+            first.keys.new_zeros(rows, *first.keys.shape[1:]),
+            first.values.new_zeros(rows, *first.values.shape[1:]),
+        )
+        super().load_prefixes(layer, torch.arange(rows), into, *args)
 
     def run_at(self, layer: int, positions: Tensor, *args: Any) -> None:
         self.again.append(len(positions))
@@ -124,6 +132,12 @@ def test_prompts_have_read_the_pool_before(policy: str, bands: int) -> None:
     assert model.read == {0}
     assert bool(model.again) == (policy not in ("snapkv", "gemfilter"))
     assert model.slots == {PAD_SLOT_ID}
+
+
+def test_prompts_have_read_together_before() -> None:
+    made = factory(capacity=400, chunk=400)
+    warm_up(made, POLICIES, 1, Packer(made), BLOCK)
+    assert made.model.together == 2  # type: ignore[attr-defined]
 
 
 def test_nothing_is_read_where_requests_cannot() -> None:

@@ -40,7 +40,8 @@ def warm_up(
     """Runs each policy on short prompts, and one on a full chunk and a token more.
 
     Then the short ones together, and each policy on a prompt of which blocks of the KV
-    pool, of ``cached_block`` tokens, are read; None: no prompt can do so. Between them
+    pool, of ``cached_block`` tokens, are read, alone and together; None: no prompt can
+    do so. Between them
     they run every kernel, whatever the number of tokens: kernels are compiled for one
     token or for several, and for numbers of 16 or others. Writes nothing to the KV
     pool. All tensor-parallel ranks must call it.
@@ -52,16 +53,23 @@ def warm_up(
     ]
     for job in jobs:
         _run(factory(job))
+    _run_together(factory, packer, jobs)
+    if cached_block is not None:
+        jobs = [_reading(factory, policy, bands, cached_block) for policy in names]
+        fit = [j for j in jobs if j.num_prompt_tokens <= factory.buffers.capacity]
+        for job in fit:
+            _run(factory(job))
+        _run_together(factory, packer, fit)
+
+
+def _run_together(
+    factory: PrefillFactory, packer: Packer, jobs: list[PrefillJob]
+) -> None:
     while jobs:
         count = packer.count(jobs, ())
         if count > 1:
             _run(packer.pack([factory(job) for job in jobs[:count]]))
         jobs = jobs[count:]
-    if cached_block is not None:
-        for policy in names:
-            job = _reading(factory, policy, bands, cached_block)
-            if job.num_prompt_tokens <= factory.buffers.capacity:
-                _run(factory(job))
 
 
 def _job(
