@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import vllm.envs as envs
 from vllm.config import VllmConfig
 
-from asl_vllm.config import AslConfig, ConfigError
+from asl_vllm.config import ConfigError
 from asl_vllm.engine.settings import Settings, settings_of
 
 
@@ -24,7 +24,7 @@ class UnsupportedError(ValueError):
         )
 
 
-def check(vllm_config: VllmConfig, config: AslConfig) -> None:
+def check(vllm_config: VllmConfig) -> None:
     """Raises for the first thing in the way of pruning.
 
     Raises:
@@ -33,7 +33,7 @@ def check(vllm_config: VllmConfig, config: AslConfig) -> None:
     """
     for needed, got, remedy in _obstacles(vllm_config):
         raise UnsupportedError(needed, got, remedy)
-    _check_options(Settings(config, vllm_config))
+    _check_options(settings_of(vllm_config))
 
 
 def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:

@@ -13,6 +13,25 @@ from asl_vllm.config import CONFIG_KEY, AslConfig, ConfigError
 from asl_vllm.prefill import Bands
 from asl_vllm.selection.budget import BudgetError, minimum_budget, validate_budget
 
+_NONE = AslConfig()
+_parsed: tuple[str, AslConfig] | None = None
+
+
+def parse(options: Mapping[str, Any]) -> AslConfig:
+    """The config that options say: made once in each process, which has one engine.
+
+    What it was made from, and what its `AslConfig.to_dict` says, give the same again.
+
+    Raises:
+        ConfigError: the options are wrong.
+    """
+    global _parsed
+    # Not by equality: 1 is not 1.0, nor True.
+    said = repr(dict(options))
+    if _parsed is None or said not in (_parsed[0], repr(_parsed[1].to_dict())):
+        _parsed = said, AslConfig.from_dict(options)
+    return _parsed[1]
+
 
 def config_of_additional(additional_config: Any) -> AslConfig:
     """The `AslConfig` inside ``additional_config``; the default where there is none.
@@ -22,9 +41,9 @@ def config_of_additional(additional_config: Any) -> AslConfig:
     """
     given = isinstance(additional_config, Mapping) and CONFIG_KEY in additional_config
     if not given:
-        return AslConfig()
+        return _NONE
     options = additional_config[CONFIG_KEY]
-    return options if isinstance(options, AslConfig) else AslConfig.from_dict(options)
+    return options if isinstance(options, AslConfig) else parse(options)
 
 
 @dataclass(frozen=True)

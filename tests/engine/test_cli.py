@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from asl_vllm import plugin
 from asl_vllm.config import POLICY_NAMES, AslConfig
+from asl_vllm.engine import settings
+from asl_vllm.engine.settings import settings_of
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.moved import make_arg_parser
 from asl_vllm_testing.originals import original_of
+from asl_vllm_testing.vllm_configs import engine_args
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,35 @@ def test_the_server_takes_the_options(serve_parser: FlexibleArgumentParser) -> N
     args = parsed(serve_parser, "--kv-policy", "asl", "--kv-budget", "512")
     config = AsyncEngineArgs.from_cli_args(args).additional_config["asl_vllm"]
     assert config == AslConfig(policy="asl", budget=512).to_dict()
+
+
+@pytest.mark.parametrize("way", ["command", "offline"])
+def test_options_are_parsed_once_in_each_process(
+    parser: FlexibleArgumentParser, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    made: list[AslConfig] = []
+    check = AslConfig.__post_init__
+
+    def noted(config: AslConfig) -> None:
+        made.append(config)
+        check(config)
+
+    monkeypatch.setattr(AslConfig, "__post_init__", noted)
+    monkeypatch.setattr(settings, "_parsed", None)
+    args = engine_args({"policy": "asl", "window": 16})
+    if way == "command":
+        options = ("--kv-policy", "asl", "--kv-policy-config", '{"window": 16}')
+        args = EngineArgs.from_cli_args(parsed(parser, *options, "--max-model-len=256"))
+    config = args.create_engine_config()
+    config.compute_hash()
+    assert settings_of(config).config.window == 16
+    assert len(made) == 1
+    # As the engine core and the workers get it, new processes.
+    monkeypatch.setattr(settings, "_parsed", None)
+    theirs = pickle.loads(pickle.dumps(config))
+    theirs.compute_hash()
+    assert settings_of(theirs).config == made[0]
+    assert len(made) == 2
 
 
 def test_help_can_be_printed(serve_parser: FlexibleArgumentParser) -> None:

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (
     OffloadingConnector,
 )
 
-from asl_vllm.config import POLICY_NAMES, AslConfig, ConfigError
+from asl_vllm.config import POLICY_NAMES, ConfigError
 from asl_vllm.engine import compat
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.frontend import connectors, launch
@@ -455,9 +455,9 @@ def changed(config: VllmConfig, case: Changed) -> VllmConfig:
 @pytest.mark.parametrize("case", CHANGED, ids=str)
 def test_refused_where_vllm_on_a_cpu_cannot_express_it(case: Changed) -> None:
     valid = engine_config(ASL)
-    compat.check(valid, AslConfig(policy="asl"))
+    compat.check(valid)
     with pytest.raises(UnsupportedError) as refused:
-        compat.check(changed(valid, case), AslConfig(policy="asl"))
+        compat.check(changed(valid, case))
     assert_says(str(refused.value), case.needed, case.got, case.remedy)
 
 

@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from asl_vllm.config import CONFIG_KEY, POLICY_NAMES, AslConfig, ConfigError
 from asl_vllm.engine.patching import wrap_method
+from asl_vllm.engine.settings import parse
 
 _DEFAULT = AslConfig()
 
@@ -39,7 +40,7 @@ def parse_budget_option(text: str) -> int | float | None:
 
 
 def parse_config_option(text: str) -> dict[str, Any]:
-    """Reads ``--kv-policy-config``: a JSON object of `AslConfig` fields."""
+    """Reads ``--kv-policy-config``, a JSON object; `config_of_args` its fields."""
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
@@ -51,10 +52,6 @@ def parse_config_option(text: str) -> dict[str, Any]:
             raise argparse.ArgumentTypeError(
                 f"{key!r} is not set here; use --kv-{key} instead"
             )
-    try:
-        AslConfig.from_dict(options)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
     return options
 
 
@@ -104,7 +101,7 @@ def config_of_args(args: argparse.Namespace) -> AslConfig:
     """The config that parsed options say.
 
     Raises:
-        ConfigError: an option has no effect because no policy is on.
+        ConfigError: an option is wrong, or has no effect because no policy is on.
     """
     policy = getattr(args, "kv_policy", _DEFAULT.policy)
     budget = getattr(args, "kv_budget", _DEFAULT.budget)
@@ -117,7 +114,13 @@ def config_of_args(args: argparse.Namespace) -> AslConfig:
             f"policy; add --kv-policy ({', '.join(POLICY_NAMES[1:])})."
         )
     given = {"policy": policy, "budget": budget, "bands": bands}
-    return AslConfig.from_dict({**options, **given})
+    try:
+        return parse({**options, **given})
+    except ConfigError as error:
+        # Of the others the parser takes only what is allowed.
+        own = str(error).startswith("bands:")
+        option = "--kv-bands" if own else "--kv-policy-config"
+        raise ConfigError(f"argument {option}: {error}") from None
 
 
 def carry(args: argparse.Namespace) -> None:
@@ -139,10 +142,10 @@ def _carry_when_parsed(parser: argparse.ArgumentParser) -> None:
     make an `EngineArgs` of them before plugins are loaded, which is before
     ``from_cli_args`` is wrapped there.
     """
-    parse = parser.parse_known_args
+    original = parser.parse_known_args
 
     def parse_known_args(*args: Any, **kwargs: Any) -> Any:
-        parsed, rest = parse(*args, **kwargs)
+        parsed, rest = original(*args, **kwargs)
         try:
             carry(parsed)
         except ConfigError as error:

@@ -92,7 +92,7 @@ def install() -> None:
             if config.enabled:
                 from asl_vllm.engine import compat
 
-                compat.check(vllm_config, config)
+                compat.check(vllm_config)
                 _take_worker(vllm_config)
                 take_out_of_hash(vllm_config)
                 run_batch.install()
