@@ -124,6 +124,12 @@ def test_rooms_of_the_engine_meet_in_what_they_share_only(module: str) -> None:
     assert entered <= {room(module)}, f"{module} imports {sorted(entered)}"
 
 
+def test_the_models_depth_and_the_block_size_are_read_in_one_place() -> None:
+    source = re.compile(r"cache_config\.block_size|\bget_num_layers\(")
+    found = {name for name, path in MODULES.items() if source.search(path.read_text())}
+    assert found == {"asl_vllm.engine.settings"}
+
+
 def test_no_other_module_meets_bands() -> None:
     word = re.compile(r"(?i)(?<![a-z])bands?(?![a-z])|shallow")
     found = {name for name, path in MODULES.items() if word.search(path.read_text())}

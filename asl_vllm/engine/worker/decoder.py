@@ -157,7 +157,7 @@ class VllmDecoder(Ranks):
     @cached_property
     def _pool_rows(self) -> PoolRows:
         attention: Any = self._attentions[0]
-        s, rows = self.shape, self._vllm_config.cache_config.block_size
+        s, rows = self.shape, settings_of(self._vllm_config).block_size
         pool = attention.kv_cache[:1]
         page = torch.empty_strided(
             pool.size(), pool.stride(), dtype=pool.dtype, device=pool.device
