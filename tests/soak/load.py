@@ -64,6 +64,7 @@ class Soak:
         self._last = 0
         self._live: dict[str, Asked] = {}
         self._victims: set[str] = set()
+        self._spared: set[str] = set()
         self._armed: BaseException | str | None = None
         self._preempted: set[str] = set()
         self._arm(host.factory.model)
@@ -146,7 +147,11 @@ class Soak:
 
     def _judge(self, name: str, asked: Asked, got: CompletionOutput) -> None:
         item, said = asked.item, list(got.token_ids)
-        if asked.id_of(got.index) in self._victims:
+        sample = asked.id_of(got.index)
+        if sample in self._spared and said == item.answer:
+            right = True
+            self.report.ended["right"] += 1
+        elif sample in self._victims:
             # After a preemption the prompt is pruned again, and that may fail too.
             right = got.finish_reason == "error" and said == item.answer[: len(said)]
             self.report.ended["failed as injected"] += right
@@ -210,6 +215,7 @@ class Soak:
         elif kind == "pause":
             self._pause()
         elif kind == "reset running":
+            self._take_back()
             reset: bool = self._core.reset_prefix_cache(reset_running_requests=True)
             assert reset
         elif kind == "retry" and self._live:
@@ -222,6 +228,13 @@ class Soak:
         core: EngineCore = self._host.llm.llm_engine.engine_core.engine_core
         return core
 
+    def _take_back(self) -> None:
+        """All blocks are about to be: what failed in the last step may begin anew.
+
+        The engine hears of it a step later, and forgets it if the prefill is no more.
+        """
+        self._spared |= self._victims
+
     def _hang_up(self, name: str) -> Asked:
         asked = self._live.pop(name)
         self._host.llm.llm_engine.abort_request([name], internal=False)
@@ -233,6 +246,8 @@ class Soak:
         What lost its blocks to a reset may be dropped, if there is a step to say so in.
         """
         clears = self._rng.random() < 0.5
+        if clears:
+            self._take_back()
         self._core.pause_scheduler("keep", clear_cache=clears)
         before = self._host.queue.progress()
         for _ in range(3):
@@ -248,8 +263,9 @@ class Soak:
     def _retry(self, name: str) -> None:
         """A client hangs up and asks again at once, under the same internal id."""
         asked = self._hang_up(name)
-        for sample in range(asked.samples):
-            self._victims.discard(asked.id_of(sample))
+        names = {asked.id_of(sample) for sample in range(asked.samples)}
+        self._victims -= names
+        self._spared -= names
         plain = {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
         with patch.dict(os.environ, plain):
             self._add(asked.internal, asked.item, asked.samples, asked.reads)
