@@ -15,7 +15,6 @@ from asl_vllm.prefill.model import DecoderModel, Known, Verdict
 from asl_vllm.prefill.pack import Pack
 from asl_vllm.prefill.packer import MOST_PACKED, Packer, most_packed
 from asl_vllm.prefill.passes import Prefill
-from asl_vllm.prefill.prompt import on_device
 from asl_vllm.prefill.queue import PrefillOutcome, PrefillQueue
 from asl_vllm.prefill.shape import ModelShape
 from asl_vllm.prefill.tap import KeysTaken, LayerTap
@@ -42,5 +41,4 @@ __all__ = [
     "RankLostError",
     "Verdict",
     "most_packed",
-    "on_device",
 ]

@@ -14,13 +14,12 @@ from asl_vllm.prefill.buffers import PrefillBuffers
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.passes import Prefill
 from asl_vllm.prefill.prefix import load_together
-from asl_vllm.prefill.prompt import Scores, on_device
 from asl_vllm.prefill.rerun import Rerun, rerun_together
+from asl_vllm.prefill.scoring import PackScores
 from asl_vllm.prefill.tap import PackTap
 from asl_vllm.selection.deciding import read_together
-from asl_vllm.selection.errors import SelectionError
+from asl_vllm.selection.device import on_device
 from asl_vllm.selection.policies import LayerDecision
-from asl_vllm.selection.together import score_together, scores_alike
 
 
 class Pack(Advancing):
@@ -54,6 +53,7 @@ class Pack(Advancing):
         self._ended: list[Prefill] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         self._ranges: list[tuple[int, int]] = []
+        self._scores = PackScores(model, buffers)
         self._window_rows = torch.empty(0, dtype=torch.int64)
         self._positions = torch.empty(0, dtype=torch.int64)
 
@@ -199,7 +199,7 @@ class Pack(Advancing):
         if not asking:
             return
         with agreed(self._model) as brought:
-            scores = self._scores(asking, lengths)
+            scores = self._scores.of(asking, self._passing, lengths)
             decisions = read_together(
                 prefill.deciding(own)
                 for prefill, own in zip(asking, scores, strict=True)
@@ -208,54 +208,6 @@ class Pack(Advancing):
                 brought.digest = _digest(decisions)
             for prefill, decision in zip(asking, decisions, strict=True):
                 prefill.keep_and_send_deeper(decision)
-
-    def _scores(self, asking: list[Prefill], lengths: list[int]) -> list[Scores | None]:
-        """Scores of each, the layer's summed over ranks."""
-        if self._model.num_ranks == 1:
-            return self._own_scores(asking, lengths)
-        columns = [prefill.scored_rows for prefill in asking]
-        scores: list[Scores | None] = [None] * len(asking)
-        try:
-            scores = self._own_scores(asking, lengths)
-        finally:
-            # Other ranks sum scores, if this one failed: it joins them.
-            device = self._model.shape.device
-            layer_scores = [
-                torch.zeros(n, dtype=torch.float32, device=device)
-                if own is None
-                else own[1]
-                for own, n in zip(scores, columns, strict=True)
-            ]
-            together = self._model.sum_over_ranks(torch.cat(layer_scores))
-            summed = torch.split(together, columns)
-        return [
-            None if own is None else (own[0], layer_score)
-            for own, layer_score in zip(scores, summed, strict=True)
-        ]
-
-    def _own_scores(
-        self, asking: list[Prefill], lengths: list[int]
-    ) -> list[Scores | None]:
-        """Of this rank's heads."""
-        alike = [prefill for prefill in asking if scores_alike(prefill.policy)]
-        found: dict[str, Scores | None] = {}
-        if len(alike) > 1:
-            # All that pass are scored, since their keys lie between the others'.
-            together = score_together(
-                alike[0].policy.config,
-                self._buffers.window_queries[: len(self._window_rows)],
-                self._buffers.keys[: sum(lengths)],
-                lengths,
-                self._model.attention_scale(alike[0].layer),
-            )
-            wanted = {prefill.job.request_id for prefill in alike}
-            for prefill, own in zip(self._passing, together, strict=True):
-                if prefill.job.request_id in wanted:
-                    found[prefill.job.request_id] = own
-        for prefill in asking:
-            if prefill.job.request_id not in found:
-                found[prefill.job.request_id] = _checked(prefill, prefill.score())
-        return [found[prefill.job.request_id] for prefill in asking]
 
     def _leave_layer(self) -> None:
         """Sorts out those that have ended and those that start over."""
@@ -284,16 +236,6 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
             start = joined.pop()[0]
         joined.append((start, end))
     return joined
-
-
-def _checked(prefill: Prefill, scores: Scores | None) -> Scores | None:
-    """Scores that can be summed with those of others."""
-    if scores is not None and scores[1].shape != (prefill.scored_rows,):
-        raise SelectionError(
-            f"layer {prefill.layer}: the layer score of "
-            f"{type(prefill.policy).__name__} does not fit the layer."
-        )
-    return scores
 
 
 def _digest(decisions: Sequence[LayerDecision]) -> bytes:

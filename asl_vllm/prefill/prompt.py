@@ -14,19 +14,13 @@ from asl_vllm.prefill.job import PrefillJob, PrefillProgress
 from asl_vllm.prefill.model import DecoderModel
 from asl_vllm.prefill.tables import BlockTables
 from asl_vllm.selection.deciding import FiniteCheck, Reading, deciding
+from asl_vllm.selection.device import on_device
 from asl_vllm.selection.policies import Keep, LayerDecision, Policy
 
 _ALL = LayerDecision(Keep.ALL)
 
 Scores = tuple[torch.Tensor, torch.Tensor]
 """Of each KV head, and their sum; see `Policy.score`."""
-
-
-def on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device. Does not wait for it."""
-    if device.type == "cuda":
-        numbers = numbers.pin_memory()
-    return numbers.to(device, non_blocking=True)
 
 
 class Prompt(Advancing):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asl_kernels.rank_variance import descending_ranks
-from asl_vllm.selection.kept import best_and_tail, top_tokens
+from asl_vllm.selection.kept import BestOfEach, best_and_tail, top_tokens
 
 
 def naive_top(scores: list[float], count: int) -> list[int]:
@@ -51,6 +51,29 @@ def test_kept_score_no_lower_than_dropped() -> None:
     worst = scores.masked_fill(~stays, torch.inf).amin(-1)
     best_dropped = scores.masked_fill(stays, -torch.inf).amax(-1)
     assert (worst >= best_dropped).all()
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("tail", [1, 4])
+def test_of_several_layers_the_best_are_those_of_each(heads: int, tail: int) -> None:
+    columns, best = [7, 30, 1, 30], [3, 30, 1, 12]
+    counts = [count + tail for count in best]
+    random = torch.Generator().manual_seed(tail)
+    # Few values: many ties, at the ends too, beside the tail and the next layer.
+    scores = [torch.randint(4, (heads, n), generator=random).float() for n in columns]
+    found = BestOfEach(columns, counts, tail, scores[0].device)(scores)
+    for own, layer, count in zip(found, scores, counts, strict=True):
+        assert torch.equal(own, best_and_tail(layer, count, tail))
+
+
+def test_scores_that_are_no_numbers_give_tokens() -> None:
+    """Whoever asked is told later; the others' are theirs."""
+    scores = [torch.full((2, 6), float("nan")), torch.rand(2, 9), torch.zeros(2, 5)]
+    scores[2][0, 1] = torch.inf
+    found = BestOfEach([6, 9, 5], [5, 6, 4], 2, scores[0].device)(scores)
+    for own, columns in zip(found, (6, 9, 5), strict=True):
+        assert 0 <= int(own.min()) <= int(own.max()) < columns + 2
+    assert torch.equal(found[1], best_and_tail(scores[1], 6, 2))
 
 
 def test_ties_favour_the_later_token() -> None:

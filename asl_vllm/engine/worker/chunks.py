@@ -14,7 +14,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from asl_vllm.engine.worker.scratch import ScratchPages
-from asl_vllm.prefill import on_device
+from asl_vllm.selection.device import on_device
 
 _MOST = 256
 """Chunks remembered; a prompt of a million tokens has half as many."""

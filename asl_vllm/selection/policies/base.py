@@ -85,6 +85,7 @@ class Policy(abc.ABC):
         self.config = config
         self.num_layers = num_layers
         self.kept_tokens = kept_tokens
+        self._best: tuple[Tensor, Tensor] | None = None
         self.tail = config.window
         """Last tokens of a layer that have no score and always stay."""
 
@@ -156,8 +157,15 @@ class Policy(abc.ABC):
                 before anything selected is used, but ``kept`` must be tokens even so.
         """
 
+    def take_best(self, head_scores: Tensor, best: Tensor) -> None:
+        """Is given what `best_per_head` will return for these very scores."""
+        self._best = head_scores, best
+
     def best_per_head(self, head_scores: Tensor) -> Tensor:
         """Each KV head's k tokens: its best, and the tail; int64 ``[Hkv, k]``."""
+        taken, self._best = self._best, None
+        if taken is not None and taken[0] is head_scores:
+            return taken[1]
         return best_and_tail(head_scores, self.kept_tokens, self.tail)
 
     def best_tokens(self, layer_score: Tensor, count: int | None = None) -> Tensor:
