@@ -50,6 +50,25 @@ def _finish(host: Host, name: str = "a") -> None:
     check_integrity(host.scheduler.kv_cache_manager, idle=True)
 
 
+def test_several_hits_start_in_one_step(host: Host) -> None:
+    """What they read is not computed, so more of them fill a step."""
+    _donate(host)
+    for tokens in range(4):
+        host.add(f"{tokens}", tokens=PROMPT + tokens)
+    _, orders = host.step()
+    assert [job.reused_tokens >= HIT * BLOCK for job in orders.jobs] == [True] * 4
+    host.step(done={job.request_id for job in orders.jobs})
+    for _ in range(6):
+        host.step()
+    check_integrity(host.scheduler.kv_cache_manager, idle=True)
+    # Without a prefix two fill the steps ahead.
+    host.add("other", tokens=PROMPT, salt="a")
+    for tokens in range(1, 4):
+        host.add(f"other{tokens}", tokens=PROMPT + tokens, salt="a")
+    _, orders = host.step()
+    assert len(orders.jobs) == 2
+
+
 def test_what_is_read_is_pinned_and_never_in_the_row(host: Host) -> None:
     """In the row the prefill would write over what others read."""
     _donate(host)

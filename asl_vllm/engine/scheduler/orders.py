@@ -139,12 +139,12 @@ class SchedulerSide:
             request.record_event(EngineCoreEventType.SCHEDULED)
         assert request.prompt_token_ids is not None
         reused = self.prefixes.pinned_ids(request.request_id)
+        read = len(reused[0]) * plan.block_size if reused else 0
         if request.prefill_stats is not None:
             # To vLLM all but the last token came from outside; to clients, what did not
             # have to be computed came from its cache.
-            tokens = len(reused[0]) * plan.block_size if reused else 0
-            request.prefill_stats.set(plan.num_prompt_tokens, tokens, 0)
-        self._in_flight[request.request_id] = plan.num_prompt_tokens
+            request.prefill_stats.set(plan.num_prompt_tokens, read, 0)
+        self._in_flight[request.request_id] = _computed_at_most(plan, read)
         self._new_jobs.append(
             PrefillJob(
                 request_id=request.request_id,
@@ -323,6 +323,11 @@ class SchedulerSide:
             pinned = self.prefixes.pinned_ids(request_id)
             return len(pinned[0]) * self._settings.block_size if pinned else 0
         return report.reused_tokens if report else 0
+
+
+def _computed_at_most(plan: PrunePlan, read: int) -> int:
+    """Tokens of a prompt that its prefill computes, of those it reads some again."""
+    return plan.num_prompt_tokens - read + min(plan.kept_tokens, read)
 
 
 def _packed(token_ids: Sequence[int]) -> array[int]:
