@@ -166,6 +166,26 @@ def test_a_pruned_prompt_reads_what_was_loaded() -> None:
     assert server.reports["pruned"]["reused_tokens"] == 12 * BLOCK
 
 
+def test_twins_share_a_prefill_of_what_was_loaded() -> None:
+    """And nothing of theirs is stored: what host memory holds stays as it was."""
+    server = Server(reuse="read")
+    server.ask("first", LONG)
+    server.forget()
+    server.ask("again", LONG)
+    server.add("one", LONG, BUDGET)
+    server.add("two", LONG, BUDGET)
+    server.run()
+    assert server.worker.admitted == ["one"]
+    for name, shared in (("one", 0), ("two", 1)):
+        assert server.answers[name] == server.worker.scripts[name].answer
+        assert server.reports[name]["shared_prefills"] == shared
+    assert server.reports["one"]["reused_tokens"] == 12 * BLOCK
+    assert server.reports["two"]["reused_tokens"] == len(LONG) - 1
+    server.forget()
+    server.ask("later", LONG)
+    assert server.hits["later"] == 12 * BLOCK
+
+
 @pytest.mark.parametrize("abort", ["pruned", "again"])
 def test_aborted_while_both_load(server: Server, abort: str) -> None:
     server.ask("first", LONG)

@@ -154,6 +154,23 @@ def test_requests_without_a_budget_answer_as_without_bands(
     assert again.output.num_cached_tokens == 384, "the prefix cache works in bands"
 
 
+@pytest.mark.parametrize("shallow", ["full", "snapkv"])
+def test_a_cached_prefix_is_read_in_each_band(
+    banded: Engine, model: TinyDecoder, shallow: str
+) -> None:
+    ids = key_value(9, 515).token_ids
+    banded.llm.reset_prefix_cache()
+    donor = add(banded, "donor", [*ids[: 15 * BLOCK], *ids[:9]], max_tokens=1)
+    run_to_end(banded, donor)
+    request = add(banded, "read", ids, budget=BUDGET, kv_shallow=shallow)
+    run_to_end(banded, request)
+    want = expected(model, ids, full=shallow == "full", max_tokens=8)
+    assert request.tokens == want.tokens
+    reply = request.output.kv_transfer_params
+    assert reply["selection_layer"] == want.selection_layer
+    assert reply["reused_tokens"] == request.output.num_cached_tokens == 15 * BLOCK
+
+
 def test_preemption_keeps_the_answer(banded: Engine) -> None:
     """Two prompts that fit the pool once pruned, and whose answers do not."""
     prompts = [key_value(seed, n).token_ids for seed, n in ((7, 500), (8, 470))]

@@ -106,7 +106,8 @@ def attention(dtype: str, group: int, dim: int, extras: bool) -> Variant:
         | types("i32", "num_queries", "num_keys", "window")
         | types("fp32", "scale", "soft_cap"),
         fixed,
-        (*pointers, *strides),
+        # Positions may begin anywhere.
+        (*(name for name in pointers if name != "p_q_positions"), *strides),
         **options,
     )
 

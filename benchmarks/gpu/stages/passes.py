@@ -160,10 +160,12 @@ def others(running: Any, watch: Watch) -> Iterator[Row]:
     document = random_prompt(TOKENS - SHORT, 3)
     running.generate([document], max_tokens=1)
     question = document + random_prompt(SHORT, 4)
+    several = [document + random_prompt(SHORT + i, 10 + i) for i in range(3)]
     for what, prompts, policy, reuse in (
         (f"{SHORT_PROMPTS} short prompts", short, "asl", "none"),
         ("over a cached prefix", [question], "snapkv", "read"),
         ("over a cached prefix", [question], "asl", "read"),
+        ("3 over a cached prefix", several, "asl", "read"),
         # Selects, so tokens of the prefix go through the first layers again.
         ("over a cached prefix", [question], "fastkv", "read"),
     ):

@@ -28,7 +28,9 @@ def rows_up_to(
 # Sizes are not specialised on: one compiled kernel serves every prompt, and none is
 # compiled while requests wait.
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["num_queries", "num_keys", "window", "scale", "soft_cap"]
+    do_not_specialize=["num_queries", "num_keys", "window", "scale", "soft_cap"],
+    # Those of several sequences lie one after another.
+    do_not_specialize_on_alignment=["p_q_positions"],
 )
 def attention_at_kernel(
     p_q: tl.tensor,
