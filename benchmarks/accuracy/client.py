@@ -139,8 +139,9 @@ class Client:
         """
         extra: dict[str, Any] = {}
         if served.policies:
-            # Named even where nothing is to be pruned: a server may have defaults.
-            extra = {"kv_policy": policy, "kv_budget": budget}
+            # Named even where nothing is to be pruned: a server may have defaults. All
+            # ask the same prompts, and each is to be computed.
+            extra = {"kv_policy": policy, "kv_budget": budget, "kv_reuse": "none"}
         if forced:
             extra |= {"vllm_xargs": {"forced_tokens": list(forced)}, "ignore_eos": True}
         options: dict[str, Any] = {}

@@ -57,6 +57,7 @@ def test_a_run(server: FakeServer, tmp_path: Path) -> None:
     assert all(body["temperature"] == 0 for body in server.asked)
     pruned = [body for body in server.asked if body["kv_policy"] == "asl"]
     assert [body["kv_budget"] for body in pruned] == [100] * 3
+    assert {body["kv_reuse"] for body in pruned} == {"none"}
     plain = [body for body in server.asked if body["kv_policy"] == "none"]
     assert {body["kv_budget"] for body in plain} == {None}
     # 396 tokens less 10 blocks of 32, the most of 100 that frees whole blocks.

@@ -100,7 +100,8 @@ def options_of(way: Way, host: Host) -> dict[str, Any]:
         "enforce_eager": False,
         "attention_backend": way.backend,
         "gpu_memory_utilization": 0.05,
-        "policy": {"policy": "asl", "bands": way.bands, **RULE},
+        # The same prompts are asked pruned and unpruned: each is computed.
+        "policy": {"policy": "asl", "bands": way.bands, "reuse": "none", **RULE},
         "block_size": BLOCK,
         "max_num_batched_tokens": 512,
         **MODES[way.mode],

@@ -105,7 +105,13 @@ def run(host: Host) -> Iterator[Row]:
     )
     options: dict[str, Any] = {
         # tau 0: asl never selects, so every layer from l_min on makes the host wait.
-        "policy": {"policy": "asl", "l_min": L_MIN, "l_obs": 3, "tau": 0.0},
+        "policy": {
+            "policy": "asl",
+            "l_min": L_MIN,
+            "l_obs": 3,
+            "tau": 0.0,
+            "reuse": "none",
+        },
         "max_model_len": 2 * TOKENS,
         "max_num_batched_tokens": STEP_TOKENS,
         "dtype": "bfloat16",
