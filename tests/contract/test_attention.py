@@ -99,6 +99,13 @@ def test_builders(name: str) -> None:
     assert hasattr(builder, "supports_update_block_table")
 
 
+def test_flash_attention_has_a_limit_of_splits() -> None:
+    """That passes lift: captured graphs set it, and then 268 MB hold partial sums."""
+    builder = stock("FLASH_ATTN").get_builder_cls()
+    assert "max_num_splits" in builder.__init__.__code__.co_names
+    assert "max_num_splits" in builder.build.__code__.co_names
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_metadata_has_a_slot_mapping(name: str) -> None:
     metadata = resolve_obj_by_qualname(METADATA[name])

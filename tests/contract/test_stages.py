@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm import ir
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -19,21 +20,25 @@ from vllm.distributed import (
     initialize_model_parallel,
     parallel_state,
 )
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models import registry
 from vllm.utils.network_utils import get_open_port
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from asl_vllm.engine.compat import UnsupportedError
-from asl_vllm.engine.worker import attention
+from asl_vllm.engine.worker import attention, fused
 from asl_vllm.engine.worker.decoder import VllmDecoder, shape_of
+from asl_vllm.engine.worker.fused import FusedLayers
 from asl_vllm.engine.worker.scratch import ScratchPages
 from asl_vllm.engine.worker.stages import proof
 from asl_vllm.engine.worker.stages.find import attention_layers, list_of_layers
 from asl_vllm.engine.worker.stages.pipeline import DirectStages, PipelineStages
-from asl_vllm.prefill import LayerTap
+from asl_vllm.prefill import LayerTap, PrefillBuffers
 from asl_vllm_testing.architectures import ARCHITECTURES, DIRECT, HIDDEN, LIST, SUM
 from asl_vllm_testing.drawn_weights import random_weights
+from asl_vllm_testing.launches import Launches
 from asl_vllm_testing.vllm_configs import engine_config
 
 WAYS = {
@@ -227,6 +232,44 @@ def test_a_pass_costs_its_layer_and_rebuilds_nothing(
     assert [type(module) for module in made] == [nn.ModuleList]
     # Transformers' own forward makes positions and rotary tables around the layers.
     assert outside.count - inside[0] <= 40
+
+
+@torch.inference_mode()
+def test_a_pass_launches_few_kernels(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that vLLM compiles, on a platform that is told to be a GPU's."""
+    model, config = loaded["LlamaForCausalLM"]
+    monkeypatch.setattr(fused.current_platform, "is_cuda", lambda: True)
+    for name in ("rms_norm", "fused_add_rms_norm"):
+        operation = getattr(ir.ops, name)
+        monkeypatch.setattr(operation.impls["vllm_c"], "supported", True)
+        monkeypatch.setattr(
+            operation, "_priority_impls", operation._filter_priority_impls(["native"])
+        )
+    for module in model.modules():
+        if isinstance(module, CustomOp):
+            monkeypatch.setattr(module, "_forward_method", module.forward_native)
+        if isinstance(module, SiluAndMul):
+            # vLLM gives it one on GPUs only; the CPU build has the kernel too.
+            monkeypatch.setattr(module, "op", torch.ops._C.silu_and_mul, raising=False)
+    for attention_layer in attention_layers(model):
+        # What is inside an opaque operation would be counted as one.
+        monkeypatch.setattr(attention_layer, "use_direct_call", True)
+    decoder = decoder_of(model, config)
+    tap = LayerTap(PrefillBuffers(decoder.shape, 128, 16))
+    tap.start_layer(TOKENS)
+    tap.start_chunk(0, TOKENS)
+    positions = torch.arange(TOKENS)
+    hidden = decoder.embed(positions + 3, positions)
+    decoder.run_layer(1, positions, hidden, 0, tap)  # metadata is made once
+    with Launches() as inside:
+        decoder.run_layer(1, positions, hidden, 0, tap)
+    monkeypatch.setattr(fused.current_platform, "is_cuda", lambda: False)
+    monkeypatch.setattr(decoder, "_fused", FusedLayers([]))
+    with Launches() as unfused:
+        decoder.run_layer(1, positions, hidden, 0, tap)
+    assert len(inside.names) <= 20 < len(unfused.names)
 
 
 def test_the_layer_and_the_tensor_that_differ_are_named(
