@@ -102,13 +102,14 @@ class AslConfig:
     deeper: each token has its largest. In 1 layer few heads may look for what the
     answer needs."""
     l_min: int | None = None
-    """First layer (0-based) checked for settled ranks, at least 1, so that there is
-    a layer to compare with; None: 10/32 of the depth."""
+    """First layer (0-based) whose ranks may count as settled: they are compared with
+    earlier ones. None: 10/32 of the depth."""
     l_obs: int | None = None
-    """Layers whose ranks are compared, at least 2; None: 8/32 of the depth."""
+    """Layers whose ranks are compared; None: 8/32 of the depth."""
     tau: float | None = None
-    """Selection layer: first one whose rank variance is below tau times the first's;
-    None: 0.3, and 0.9 for models of fewer than 14 layers."""
+    """The first layer whose rank variance is below tau times that of the first
+    checked layer is the selection layer. None: 0.3, or 0.9 for models of fewer than
+    14 layers."""
     selection_layer: int | None = None
     """Fixes the selection layer (0-based): asl's instead of the adaptive rule, that of
     fastkv and gemfilter instead of their share of the depth."""

@@ -4,7 +4,8 @@
     python scripts/option_table.py            # writes the document
     python scripts/option_table.py --check    # exit status 1 where it is not so
 
-What an option means is the text below its field in asl_vllm/config.py.
+What an option means is the text below its field in asl_vllm/config.py; what is allowed
+is what the message says that refuses another value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 
 from written_table import main
 
-from asl_vllm.config import AslConfig
+from asl_vllm.config import AslConfig, ConfigError
 
 BEGIN = "<!-- options: written by scripts/option_table.py -->"
 END = "<!-- end of options -->"
@@ -40,15 +41,29 @@ def meanings() -> dict[str, str]:
     return found
 
 
+def allowed(name: str) -> str:
+    """Values of an option, from its refusal."""
+    try:
+        AslConfig.from_dict({name: -1})
+    except ConfigError as error:
+        found = re.search(r"allowed: (.+?)(?:, or null)?\.$", str(error))
+        assert found, f"{name} is refused without what is allowed: {error}"
+        return found[1]
+    assert name == "budget", f"{name}: -1 is not refused"
+    return "as `kv_budget`"  # by a rule that needs the block size
+
+
 def table() -> str:
     """The table, a row a field."""
     texts = meanings()
-    rows = ["| Option | Default | Meaning |", "|---|---|---|"]
+    rows = ["| Option | Default | Allowed | Meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(AslConfig):
         name = OWN_FLAGS.get(field.name, f'"{field.name}"')
         default = json.dumps(field.default)
         meaning = re.sub(r"``(.+?)``", r"`\1`", texts[field.name]).replace("|", "\\|")
-        rows.append(f"| `{name}` | `{default}` | {meaning} |")
+        meaning = re.sub(r",? one of `[A-Z_]+`", "", meaning).replace("None", "`null`")
+        cells = (f"`{name}`", f"`{default}`", allowed(field.name), meaning)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

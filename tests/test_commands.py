@@ -117,11 +117,18 @@ def serve_parser() -> argparse.ArgumentParser:
     return make_arg_parser(FlexibleArgumentParser())
 
 
-def vllm(command: Command, words: list[str], _: Any) -> None:
+def vllm(command: Command, words: list[str], monkeypatch: Any) -> None:
     if words[1:]:
         assert words[0] == "serve"
         # The policy of docs/policies.md; tests/e2e/test_wheel.py asks a server for it.
         options = ["asl" if word == "newest" else word for word in words[1:]]
+        if any(option.startswith("--help") for option in options):
+            parser = type(serve_parser())  # whose class keeps the keyword
+            monkeypatch.setattr(parser, "_search_keyword", None)
+            with pytest.raises(SystemExit) as ended:
+                serve_parser().parse_args(options)
+            assert not ended.value.code
+            return
         serve_parser().parse_args(options)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from asl_vllm.engine.scheduler import metrics
+from asl_vllm_testing import ROOT
 from tests.deploy.metrics import LABELS, OURS
 
 
@@ -39,5 +41,13 @@ def test_our_metrics_have_the_names_and_labels_that_are_listed() -> None:
         {0: ["model", "0"]},
     )
     assert {name: kind for name, (kind, _) in made.items()} == OURS
+    every = {"model_name", "engine"}
     for _, labels in made.values():
-        assert {"model_name", "engine"} <= labels <= LABELS
+        assert every <= labels <= LABELS
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(\S+?)(?:\{(.+)\})?` \| (\w+) \|", text, re.M)
+    documented = {
+        name.removesuffix("_total"): (kind, {*filter(None, labels.split(","))} | every)
+        for name, labels, kind in rows
+    }
+    assert documented == made

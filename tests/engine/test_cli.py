@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -248,3 +249,23 @@ def test_registering_twice_is_harmless() -> None:
     # A second declaration of an option would be an error of argparse.
     args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args([])
     assert args.kv_policy == "none"
+
+
+def test_help_lists_the_options_by_their_groups_name(
+    serve_parser: FlexibleArgumentParser,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The parser's class keeps it.
+    monkeypatch.setattr(FlexibleArgumentParser, "_search_keyword", None)
+    with pytest.raises(SystemExit) as ended:
+        serve_parser.parse_args(["--help=KVPolicy"])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert set(re.findall(r"--kv-[a-z-]+(?= )", said)) >= {
+        "--kv-policy",
+        "--kv-budget",
+        "--kv-bands",
+        "--kv-policy-config",
+    }
+    assert "--model" not in said

@@ -58,7 +58,7 @@ def parse_config_option(text: str) -> dict[str, Any]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options; defaults are read from `AslConfig`."""
     group = parser.add_argument_group(
-        title="AslConfig",
+        title="KVPolicy",
         description="KV budgets: requests keep a part of their prompt's KV cache.",
     )
     group.add_argument(
