@@ -47,7 +47,7 @@ def test_the_commands_print_what_the_readme_says(wheel_server: Server) -> None:
 def test_the_commands_of_the_api_print_what_it_says(wheel_server: Server) -> None:
     (setting, _), *commands = shell_examples(API_DOCUMENT)
     assert "PROMPT=" in setting
-    assert len(commands) >= 8
+    assert len(commands) >= 7
     for command, expected in commands:
         assert "curl -s" in command
         printed = run_shell(setting + command, wheel_server.url)

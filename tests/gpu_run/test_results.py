@@ -44,6 +44,30 @@ def test_what_the_readme_says() -> None:
     assert "those of {} and {} at 32768 and 131072 are met".format(*TARGETS[1:]) in text
 
 
+def test_what_other_pages_say() -> None:
+    """Readings of rows, in sentences of docs/gpu.md and docs/choosing.md."""
+    pages = {
+        name: " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+        for name in ("gpu", "choosing")
+    }
+    prefix = {(r["what"], r["engine"]): r for r in rows("prefix")}
+    again = prefix["asked again", "asl"]
+    questions = prefix["8 questions at once, 200 tokens each", "asl"]
+    samples = [prefix["8 samples, to one of its own", n] for n in ("snapkv", "asl")]
+    short = {r["engine"]: r["requests_per_s"] for r in rows("short")}
+    for said in (
+        f"takes {again['ours_s']:.2f} s, and stock {again['stock_s']:.2f} s",
+        f"{questions['ours_s']:.2f} s, and stock {questions['stock_s']:.2f} s",
+        "{ratio:.2f} to ".format(**samples[0]) + "{ratio:.2f}".format(**samples[1]),
+        f"{short['asl']:.0f} a second together, {short['asl, one by one']:.1f} one by "
+        f"one, {short['stock']:.0f} on stock",
+    ):
+        assert said in pages["gpu"]
+    cached = prefix["nine tenths cached", "asl"]
+    assert f"after {cached['ratio']:.2f} of stock vLLM's time" in pages["choosing"]
+    assert f"take {questions['ratio']:.1f} times as long" in pages["choosing"]
+
+
 @pytest.mark.parametrize(
     "path", RESULTS.glob("nvidia-*/*.json"), ids=lambda path: path.stem
 )
