@@ -39,7 +39,7 @@ from benchmarks.accuracy.tokens import HubTokenizer
 URL = "http://localhost:8000"
 POLICIES = "full,snapkv,fastkv,gemfilter,pyramidinfer,asl,recency,random"
 RULE_OPTIONS = (
-    *("window", "pool_kernel", "l_min", "l_obs", "tau"),
+    *("window", "pool_kernel", "reach", "score_layers", "l_min", "l_obs", "tau"),
     *("propagated_share", "decay_ratio"),
 )
 """Options of a server that decide which tokens a policy keeps, but for the fixed

@@ -95,6 +95,19 @@ def test_documents_quote_the_real_model() -> None:
     }
 
 
+def test_documents_quote_reach_on_the_real_model() -> None:
+    path = ROOT / "benchmarks" / "results" / "accuracy-smollm2-reach.json"
+    rows = json.loads(path.read_text())["cells"]
+    text = (ROOT / "docs" / "accuracy.md").read_text()
+    table = report.markdown_table(report.table(rows, report.score_cell))
+    before, _ = text.split(table)
+    assert {row["n"] for row in rows} == {
+        int(before.split(" of these prompts")[0].split()[-1])
+    }
+    for row in rows:
+        assert f"{row['work']:.2f}" in " ".join(before.splitlines()[-3:])
+
+
 def test_scores_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, plot = tmp_path / "results.json", tmp_path / "images" / "plot.png"
     rows = summary(RECORDS)

@@ -21,7 +21,10 @@ from asl_vllm_testing.oracle.asl import generate
 from asl_vllm_testing.oracle.model import TinyDecoder
 
 OTHERS = [name for name in POLICY_NAMES if name not in ("none", "asl")]
-RULE = {"window": 16, "pool_kernel": 7, "l_min": 2, "l_obs": 3, "tau": 0.6}
+RULE = {
+    **{"window": 16, "pool_kernel": 7, "reach": 6, "score_layers": 2},
+    **{"l_min": 2, "l_obs": 3, "tau": 0.6},
+}
 
 
 def prompts() -> list[list[int]]:

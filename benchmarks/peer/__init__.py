@@ -1,0 +1,1 @@
+"""Beside another library that prunes KV caches: kvpress, on the same prompts."""
