@@ -24,7 +24,7 @@ from benchmarks.gpu.stage import Stage
 Result = dict[str, Any]
 """A stage's JSON: stage, what, status, seconds, rows, machine, and why or log_tail."""
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
-SKIPPED, NOT_RUN = "skipped", "not run"
+NOT_RUN = "not run"
 TAIL_CHARACTERS = 3000
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from asl_vllm_testing import ROOT
+from asl_vllm_testing import ROOT, warm
 from asl_vllm_testing.server import Server
 
 EXAMPLES = ROOT / "examples"
@@ -86,13 +86,9 @@ def test_every_example_is_listed_and_run() -> None:
 
 
 def test_example_of_an_offline_batch() -> None:
-    ran = subprocess.run(
-        [sys.executable, "offline_batch.py"],
-        cwd=EXAMPLES,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    path = str(EXAMPLES / "offline_batch.py")
+    code = f"import runpy; runpy.run_path({path!r}, run_name='__main__')"
+    ran = warm.run([sys.executable, "-c", code], folder=EXAMPLES)
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = re.findall(
         r"^kv_budget (\S+): ([\d ]+) \(kept (\d+) tokens\)$", ran.stdout, re.M

@@ -16,7 +16,7 @@ from asl_vllm_testing.oracle.tasks import Prompt, key_value, needle
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 
-NUM_TOKENS, BUDGET, COUNT = 2048, 96, 10
+NUM_TOKENS, BUDGET, COUNT = 2048, 96, 6
 # Prompts are asked more than once: each is computed, so that reports are equal.
 POLICY: dict[str, Any] = {"policy": "asl", "window": 8, "reuse": "none"}
 

@@ -2,14 +2,15 @@
 
 `compile_variants` starts one process without TRITON_INTERPRET (in an interpreted one
 there is nothing to compile) and hands it the variants as JSON. That process compiles
-each as Triton would at its first launch, and assembles the PTX with the ptxas among
-those that Triton brings along which Triton itself takes for the architecture.
+each as Triton would at its first launch, and reads what ptxas says of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import os
 import re
@@ -88,6 +89,7 @@ def compile_variants(
         environment = {
             **os.environ,
             "TRITON_CACHE_DIR": cache,
+            "TRITON_DUMP_PTXAS_LOG": "1",
             "PYTHONPATH": os.pathsep.join(paths),
         }
         environment.pop("TRITON_INTERPRET", None)
@@ -107,7 +109,6 @@ def compile_variants(
 def _assemble(variant: Variant, arch: int) -> Assembled:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     from triton.compiler import ASTSource
 
     module, name = variant.kernel.split(":")
@@ -127,26 +128,13 @@ def _assemble(variant: Variant, arch: int) -> Assembled:
         for argument in variant.divisible_by_16
         if argument not in variant.constants
     }
-    compiled = triton.compile(
-        ASTSource(function, signature, dict(variant.constants), divisible),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        # The options that matter to registers are those that Triton passes.
-        target = f"--gpu-name={sm_arch_from_capability(arch)}"
-        done = subprocess.run(
-            [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", target, source.name],
-            cwd=folder,
-            capture_output=True,
-            text=True,
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = triton.compile(
+            ASTSource(function, signature, dict(variant.constants), divisible),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
         )
-    log = done.stdout + done.stderr
-    if done.returncode:
-        raise RuntimeError(f"ptxas refuses {variant.kernel} for sm_{arch}: {log}")
+    log = said.getvalue()
 
     def number(pattern: str) -> int:
         found = re.search(pattern, log)
@@ -161,7 +149,7 @@ def _assemble(variant: Variant, arch: int) -> Assembled:
         spill_stores=number(r"(\d+) bytes spill stores"),
         spill_loads=number(r"(\d+) bytes spill loads"),
         shared=compiled.metadata.shared,
-        ptx=ptx,
+        ptx=compiled.asm["ptx"],
     )
 
 

@@ -13,7 +13,6 @@ from benchmarks.accuracy.tasks.words import VOCABULARY
 
 WORD_IDS = {word: i for i, word in enumerate(VOCABULARY)}
 BOS_ID = WORD_IDS["<s>"]
-EOS_ID = WORD_IDS["</s>"]
 
 
 @dataclass(frozen=True)
