@@ -35,12 +35,13 @@ suite: style
 
 # Beside the suite, whose workers wait for servers a fifth of the time: types, the
 # kernels' tests (vLLM must not see an interpreted Triton) and the supported vLLM that
-# has no CPU build, of which a wheel is downloaded once. Shown when all have ended.
+# has no CPU build, of which a wheel is downloaded once. One at a time: each worker more
+# would import vLLM once more. Shown when all have ended.
 beside: style
 	@mkdir -p build; status=0; { \
-	    nice -n 5 $(BIN)/mypy || status=1; \
-	    TRITON_INTERPRET=1 nice -n 5 $(PYTEST) tests/triton || status=1; \
-	    nice -n 5 $(BIN)/python scripts/try_vllm.py --supported || status=1; \
+	    nice -n 2 $(BIN)/mypy || status=1; \
+	    TRITON_INTERPRET=1 nice -n 2 $(BIN)/python -m pytest tests/triton || status=1; \
+	    nice -n 2 $(BIN)/python scripts/try_vllm.py --supported || status=1; \
 	} > build/beside.log 2>&1; cat build/beside.log; exit $$status
 
 weights: setup ## Fetch a real model of 135M parameters for the tests (needs the network)

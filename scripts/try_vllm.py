@@ -36,8 +36,8 @@ from asl_vllm_testing.touch_points import code_of, fingerprints, store, symbols
 
 OPTIONS = (
     "--continue-on-collection-errors",
-    # Two at a time, as in `make test`.
-    *("--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder"),
+    # In a worker, in which tests/conftest.py has engines start first.
+    *("--numprocesses=1", "--dist=loadscope", "--no-loadscope-reorder"),
 )
 TESTS = ("tests/contract", "tests/engine")
 ENGINES = (

@@ -83,7 +83,7 @@ def test_answers_computed_without_an_engine_are_the_same(shipped: Engine) -> Non
     """`benchmarks.accuracy.direct`, by which studies are made."""
     direct = DirectModel(str(SHIPPED_MODEL), NUM_TOKENS, POLICY["window"])
     made = variant(str(SHIPPED_MODEL), BLOCK, POLICY, sorted(POLICIES))
-    for question in questions()[:: COUNT // 2]:
+    for question in questions()[::COUNT]:
         direct.layers.begin_prompt(list(question.token_ids))
         for policy in sorted(POLICIES):
             (output,) = shipped.generate(
