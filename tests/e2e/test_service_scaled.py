@@ -111,6 +111,45 @@ def test_each_api_server_answers_for_all(clients: list[httpx.Client]) -> None:
         }
 
 
+def test_a_hit_is_told_and_counted_by_each(clients: list[httpx.Client]) -> None:
+    """What was read is vLLM's ``cached_tokens``, the header and the metrics alike."""
+    prompt = needle(50, 400)
+    asked = {"model": "tiny", "input": prompt.text, "max_output_tokens": 2}
+    path = "/v1/responses"
+    assert clients[0].post(path, json={**asked, "temperature": 0}).status_code == 200
+    before = scrape(clients[1])
+    reply = clients[1].post(path, json={**asked, "kv_budget": 96, "kv_reuse": "read"})
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]
+    report = usage["kv_cache"]
+    read = report["reused_tokens"]
+    assert 0 < read == usage["input_tokens_details"]["cached_tokens"]
+    assert reply.headers["x-kv-reused-tokens"] == str(read)
+    layers = {
+        "skipped": report["skipped_token_layers"],
+        "reused": report["reused_token_layers"],
+        "rerun": report["rerun_token_layers"],
+    }
+    assert layers["reused"] == read * 5, "the layers up to the selection's"
+    whole = usage["input_tokens"] * LAYERS
+    layers["computed"] = whole - layers["skipped"] - layers["reused"] + layers["rerun"]
+    expected: dict[tuple[str, ...], float] = {
+        ("requests_total", "pruned", "asl"): 1,
+        ("selection_layer_count",): 1,
+        ("selection_layer_sum",): 4,
+        ("kept_tokens_count",): 1,
+        ("kept_tokens_sum",): report["kept_tokens"],
+        ("pruned_tokens_total",): report["pruned_tokens"],
+        ("freed_blocks_total",): report["freed_blocks"],
+        ("reuse_requests_total", "hit"): 1,
+        ("reused_tokens_total",): read,
+        ("prefill_seconds_count",): 1,
+        **{("token_layers_total", kind): n for kind, n in layers.items()},
+    }
+    for client in clients:
+        settle(lambda client=client: since(client, before), expected)
+
+
 def engine_processes(server: Server) -> list[int]:
     """Processes below the server's whose name is the engine core's."""
     below, found = {server.process.pid}, []
