@@ -24,6 +24,7 @@ class Sizes(Settings):
 
     block_size = 16
     max_model_len = 10_000
+    reads_prefixes = False
 
 
 def sizes(config: AslConfig, block_size: int = 16) -> Settings:
