@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asl_kernels.window_scores.reference import reaching
 from asl_vllm.config import AslConfig
 from asl_vllm.selection import decide, make_policy
 from benchmarks.accuracy.recording import WINDOWS, Recording
@@ -79,9 +80,9 @@ def replayed(recording: Recording, config: AslConfig, kept: int) -> Outcome:
 
 def reached(scores: Tensor, config: AslConfig) -> Tensor:
     """Pooled scores, as `asl_kernels.window_scores` makes them of attention."""
-    size, reach = config.pool_kernel, config.reach
+    size = config.pool_kernel
     pooled = F.avg_pool1d(scores, size, 1, padding=size // 2)
-    return F.max_pool1d(F.pad(pooled, (reach - 1, 0)), reach, stride=1)
+    return reaching(pooled, config.reach)
 
 
 def configs(options: dict[str, list[Any]]) -> Iterator[AslConfig]:

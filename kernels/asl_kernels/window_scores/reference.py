@@ -66,7 +66,12 @@ def _score_one(
         mass = attention.sum(dim=1)
         pooled = F.avg_pool1d(mass, pool_kernel, stride=1, padding=pool_kernel // 2)
         torch.sum(pooled, dim=0, out=scores[head])
-    if reach > 1:
-        # No score is below 0, what is padded.
-        scores = F.max_pool1d(F.pad(scores, (reach - 1, 0)), reach, stride=1)
-    return scores
+    return reaching(scores, reach)
+
+
+def reaching(scores: Tensor, reach: int) -> Tensor:
+    """The largest of the ``reach`` scores that end with each token's, ``[Hkv, n]``."""
+    if reach == 1:
+        return scores
+    # No score is below 0, what is padded.
+    return F.max_pool1d(F.pad(scores, (reach - 1, 0)), reach, stride=1)

@@ -8,6 +8,25 @@ import triton.language as tl
 from asl_kernels.window_scores.triton.loading import keys_of
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def scored_keys(
+    p_starts: tl.tensor,
+    num_tokens: tl.tensor,
+    WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """First column of the program's request, its scored keys, and the program's own.
+
+    These are ``BLOCK`` offsets from the request's first key, and their mask.
+    """
+    i_request = tl.program_id(1)
+    i_first, num_keys = keys_of(p_starts, i_request, num_tokens)
+    num_keys -= WINDOW
+    i_column = i_first - i_request.to(tl.int64) * WINDOW
+    o_keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return i_column, num_keys, o_keys, o_keys < num_keys
+
+
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["num_tokens", "num_heads", "num_columns", "stride_scores_head"]
 )
@@ -38,12 +57,9 @@ def average_kernel(
     ``4 * num_columns`` for the layer score.
     FLOPs: ``(PARTS * POOL + 2) * Hkv * num_columns``.
     """
-    i_request = tl.program_id(1)
-    i_first, num_keys = keys_of(p_starts, i_request, num_tokens)
-    num_keys -= WINDOW
-    i_column = i_first - i_request.to(tl.int64) * WINDOW
-    o_keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_keys = o_keys < num_keys
+    i_column, num_keys, o_keys, m_keys = scored_keys(
+        p_starts, num_tokens, WINDOW, BLOCK
+    )
     b_layer = tl.zeros([BLOCK], tl.float32)
     p_head = p_mass + i_column
     p_out = p_scores + i_column
@@ -93,12 +109,7 @@ def reach_kernel(
     ``4 * num_columns`` for the layer score.
     FLOPs: ``REACH * Hkv * num_columns``.
     """
-    i_request = tl.program_id(1)
-    i_first, num_keys = keys_of(p_starts, i_request, num_tokens)
-    num_keys -= WINDOW
-    i_column = i_first - i_request.to(tl.int64) * WINDOW
-    o_keys = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_keys = o_keys < num_keys
+    i_column, _, o_keys, m_keys = scored_keys(p_starts, num_tokens, WINDOW, BLOCK)
     b_layer = tl.zeros([BLOCK], tl.float32)
     p_head = p_averages + i_column
     p_out = p_scores + i_column
