@@ -50,7 +50,11 @@ CONFIG_KEY = "asl_vllm"
 PRESETS: dict[str, dict[str, int | float]] = {
     # Experiments of arXiv 2601.07667; l_min and l_obs are scaled below.
     "paper": {
-        **{"window": 32, "pool_kernel": 7, "reach": 1, "score_layers": 1, "tau": 0.3},
+        "window": 32,
+        "pool_kernel": 7,
+        "reach": 1,
+        "score_layers": 1,
+        "tau": 0.3,
     },
 }
 """Settings by name: what options that are left out become."""

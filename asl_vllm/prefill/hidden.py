@@ -29,9 +29,9 @@ class HiddenStates(abc.ABC):
     device_bytes = 0
     host_bytes = 0
 
-    @abc.abstractmethod
     def load(self, start: int, end: int) -> Tensor:
         """Rows ``[start, end)`` on the device [end - start, E], good until `store`."""
+        return self.load_several([(start, end)])
 
     @abc.abstractmethod
     def store(self, start: int, rows: Tensor) -> None:
@@ -62,10 +62,6 @@ class HiddenPart(HiddenStates):
         self._whole = whole
         self._first = first
 
-    def load(self, start: int, end: int) -> Tensor:
-        """See `HiddenStates.load`."""
-        return self._whole.load(self._first + start, self._first + end)
-
     def store(self, start: int, rows: Tensor) -> None:
         """See `HiddenStates.store`."""
         self._whole.store(self._first + start, rows)
@@ -89,17 +85,13 @@ class DeviceHidden(HiddenStates):
         )
         self.device_bytes = self._rows.nbytes
 
-    def load(self, start: int, end: int) -> Tensor:
-        """See `HiddenStates.load`: a view."""
-        return self._rows[start:end]
-
     def load_several(self, ranges: Ranges) -> Tensor:
         """See `HiddenStates.load_several`: a view of one range, a copy of more."""
-        parts = [self.load(start, end) for start, end in ranges]
+        parts = [self._rows[start:end] for start, end in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def store(self, start: int, rows: Tensor) -> None:
-        """See `HiddenStates.store`; rows that `load` gave are here already."""
+        """See `HiddenStates.store`; a view that `load` gave is here already."""
         own = self._rows[start : start + len(rows)]
         if own.data_ptr() != rows.data_ptr():
             own.copy_(rows)
@@ -128,10 +120,6 @@ class HostHidden(HiddenStates):
         )
         self.device_bytes = self._stage.nbytes
         self.host_bytes = self._rows.nbytes
-
-    def load(self, start: int, end: int) -> Tensor:
-        """See `HiddenStates.load`: rows of the staging buffer."""
-        return self.load_several([(start, end)])
 
     def load_several(self, ranges: Ranges) -> Tensor:
         """See `HiddenStates.load_several`: rows of the staging buffer."""

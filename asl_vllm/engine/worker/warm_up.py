@@ -41,10 +41,9 @@ def warm_up(
 
     Then the short ones together, and each policy on a prompt of which blocks of the KV
     pool, of ``cached_block`` tokens, are read, alone and together; None: no prompt can
-    do so. Between them
-    they run every kernel, whatever the number of tokens: kernels are compiled for one
-    token or for several, and for numbers of 16 or others. Writes nothing to the KV
-    pool. All tensor-parallel ranks must call it.
+    do so. Between them they run every kernel, whatever the number of tokens: kernels
+    are compiled for one token or for several, and for numbers of 16 or others. Writes
+    nothing to the KV pool. All tensor-parallel ranks must call it.
     """
     names = list(policies)
     jobs = [
