@@ -69,6 +69,17 @@ def jobs(*kinds: tuple[str, int, int], bands: int = 1) -> list[PrefillJob]:
     return made
 
 
+def jobs_of_two_bands() -> list[PrefillJob]:
+    """Four; every other keeps all tokens to the end of the selection layer's band."""
+    made = []
+    for index, work in enumerate(jobs(*[("asl", 40 + n, 20) for n in range(4)])):
+        full = index % 2 == 0
+        held = work.num_prompt_tokens - 1 - (0 if full else work.pruned_tokens)
+        rows = [[b * 1000 + 10_000 * index + s for s in range(held)] for b in range(2)]
+        made.append(dataclasses.replace(work, block_ids=rows, keep_shallow=full))
+    return made
+
+
 def made_factory(
     model: ToyDecoder, *, host: bool = False, packed: int = 8, **options: Any
 ) -> PrefillFactory:

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from asl_kernels.window_scores import window_scores
-from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.prompts import Prompt
 from benchmarks.accuracy.recording import WINDOWS, Recorder, Recording, main
-from benchmarks.accuracy.tasks import TASKS
-
-MODEL, LENGTH = str(TINY_MODEL), 300
-
-
-@pytest.fixture(scope="module")
-def recorder() -> Recorder:
-    return Recorder(MODEL, "none", "tuning", 0)
-
-
-@pytest.fixture(scope="module")
-def prompt(recorder: Recorder) -> Prompt:
-    return recorder.maker.prompt(TASKS["needle"], LENGTH, 0)
-
-
-@pytest.fixture(scope="module")
-def recording(recorder: Recorder, prompt: Prompt) -> Recording:
-    return recorder.record(prompt)
+from tests.accuracy.conftest import MODEL
 
 
 def test_scores_are_those_of_each_window(

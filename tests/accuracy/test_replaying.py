@@ -7,31 +7,15 @@ from pathlib import Path
 import pytest
 
 from asl_vllm.config import AslConfig
-from asl_vllm_testing import TINY_MODEL
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.direct import DirectModel, variant
 from benchmarks.accuracy.prompts import Prompt
-from benchmarks.accuracy.recording import Recorder, Recording, file_name
+from benchmarks.accuracy.recording import Recording, file_name
 from benchmarks.accuracy.replaying import main, replayed
-from benchmarks.accuracy.tasks import TASKS
+from tests.accuracy.conftest import LENGTH, MODEL
 
-MODEL, LENGTH, KEPT = str(TINY_MODEL), 300, 75
+KEPT = 75
 RULE = {"window": 8, "l_min": 3, "l_obs": 2}
-
-
-@pytest.fixture(scope="module")
-def recorder() -> Recorder:
-    return Recorder(MODEL, "none", "tuning", 0)
-
-
-@pytest.fixture(scope="module")
-def prompt(recorder: Recorder) -> Prompt:
-    return recorder.maker.prompt(TASKS["needle"], LENGTH, 0)
-
-
-@pytest.fixture(scope="module")
-def recording(recorder: Recorder, prompt: Prompt) -> Recording:
-    return recorder.record(prompt)
 
 
 @pytest.mark.parametrize("reach", [1, 6])

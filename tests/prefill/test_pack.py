@@ -21,6 +21,7 @@ from asl_vllm_testing.packs import (
     drain,
     equal_to_alone,
     jobs,
+    jobs_of_two_bands,
     queue_of,
 )
 from asl_vllm_testing.toy import SHAPE, ToyDecoder
@@ -43,12 +44,7 @@ def test_mixed_prompts_end_as_alone(way: dict[str, Any], step: int, host: bool) 
 @pytest.mark.parametrize("selection_layer", range(6))
 def test_bands_that_keep_every_token_end_as_alone(selection_layer: int) -> None:
     shape = dataclasses.replace(SHAPE, num_layers=6)
-    works = []
-    for index, work in enumerate(jobs(*[("asl", 40 + n, 20) for n in range(4)])):
-        full = index % 2 == 0
-        held = work.num_prompt_tokens - 1 - (0 if full else work.pruned_tokens)
-        rows = [[b * 1000 + 10_000 * index + s for s in range(held)] for b in range(2)]
-        works.append(dataclasses.replace(work, block_ids=rows, keep_shallow=full))
+    works = jobs_of_two_bands()
     queue, model = queue_of(
         works, ToyDecoder(shape=shape), selection_layer=selection_layer
     )

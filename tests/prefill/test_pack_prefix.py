@@ -21,6 +21,7 @@ from asl_vllm_testing.packs import (
     drain,
     equal_to_alone,
     jobs,
+    jobs_of_two_bands,
     made_factory,
     queue_of,
 )
@@ -90,15 +91,8 @@ def test_every_policy_reads_together(policy: str) -> None:
 
 @pytest.mark.parametrize("selection_layer", [0, 2, 3, 5])
 def test_bands(selection_layer: int) -> None:
-    """Some keep every token up to the end of the selection layer's band."""
     shape = dataclasses.replace(SHAPE, num_layers=6)
-    works = []
-    for index, work in enumerate(jobs(*[("asl", 40 + n, 20) for n in range(4)])):
-        full = index % 2 == 0
-        held = work.num_prompt_tokens - 1 - (0 if full else work.pruned_tokens)
-        rows = [[b * 1000 + 10_000 * index + s for s in range(held)] for b in range(2)]
-        works.append(dataclasses.replace(work, block_ids=rows, keep_shallow=full))
-    works, pool = over_prefixes(works, [36, 20, 0, 39], shape)
+    works, pool = over_prefixes(jobs_of_two_bands(), [36, 20, 0, 39], shape)
     model = ToyDecoder(shape=shape, pool=pool)
     queue, _ = queue_of(works, model, selection_layer=selection_layer)
     outcomes = drain(queue)
