@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +111,15 @@ def test_the_model_and_scores_are_launched_once_for_all() -> None:
     shared = packed["run_layer"] + packed["score"]
     assert packed["aten::topk"] == one["aten::topk"] == alone["aten::topk"] / 4
     assert packed.total() - shared <= 0.7 * (alone.total() - 4 * shared)
+
+
+def test_the_document_counts_as_this_does() -> None:
+    works = jobs(*[("snapkv", 40, 20)] * 8)
+    alone, packed = launches_of(works, packed=1), launches_of(works, packed=8)
+    # What vLLM's Llama launches a layer: tests/contract/test_stages.py.
+    totals = [c.total() + 14 * c["run_layer"] for c in (packed, alone)]
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text("utf-8")
+    assert "are {:,} launches, and {:,} one by one.".format(*totals) in page
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "asl"])
