@@ -56,6 +56,17 @@ _reserved: dict[int, int] = {}
 """Tokens of a chunk that prefill factories of this process began with."""
 
 
+_ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+}
+"""glibc keeps what is freed, as the allocator does that vLLM's servers preload.
+
+Otherwise each step faults its pages in anew, as many as the shape of a process' heap
+has it: 30,000 or 51,000 for 1,024 tokens, which is 7 % of the time.
+"""
+
+
 class EngineProcess:
     """An engine in a child process; use as a context manager.
 
@@ -78,6 +89,8 @@ class EngineProcess:
         self._process = context.Process(
             target=_host, args=(child, model, options), daemon=True
         )
+        # Read by the C library before the child's first line.
+        os.environ.update(_ALLOCATOR)
         self._process.start()
         child.close()
         self.prefill_bytes: int = 0
