@@ -15,12 +15,12 @@ from tests.contract.looking import users_of_vllm, vllm_symbols
 
 HERE = Path(__file__).parent
 TABLE = ROOT / "docs" / "vllm_touchpoints.md"
-HEADER = ["What", "vLLM symbol", "How", "Why"]
+HEADER = ["What for", "vLLM symbol", "How"]
 SYMBOLS = sorted({name for path in users_of_vllm() for name in vllm_symbols(path)})
 
 
 def sections() -> dict[str, list[list[str]]]:
-    """Rows' cells (what, symbol, how, why) by the test file of their section."""
+    """Rows' cells (what for, symbol, how) by the test file of their section."""
     found: dict[str, list[list[str]]] = {}
     file = ""
     for line in TABLE.read_text(encoding="utf-8").splitlines():
@@ -30,7 +30,7 @@ def sections() -> dict[str, list[list[str]]]:
         if not line.startswith("|") or set(line) <= set("|- "):
             continue
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] == "What":
+        if cells[0] == HEADER[0]:
             assert cells == HEADER
         else:
             assert file, line
