@@ -1,4 +1,8 @@
-"""Looking at vLLM: signatures, sources and what our code imports of it."""
+"""Looking at vLLM: signatures, sources and what our code imports of it.
+
+Contract tests call vLLM rather than read it. A few claims are held against its text,
+since no CPU can run them or since they say what *no* method does.
+"""
 
 from __future__ import annotations
 
