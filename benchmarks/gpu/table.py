@@ -56,13 +56,23 @@ def markdown_rows(rows: Sequence[Row]) -> str:
 
 
 def figures(rows: Sequence[Row]) -> str:
-    """The rows of a pair of engines: a titled table an experiment."""
+    """The rows of a pair of engines: a table an experiment.
+
+    Its title says what all its rows share.
+    """
     parts = []
     for name in dict.fromkeys(row["experiment"] for row in rows):
-        columns = EXPERIMENTS[name].COLUMNS
         own = [row for row in rows if row["experiment"] == name]
+        values = {
+            column: [cell(row.get(column)) for row in own]
+            for column in EXPERIMENTS[name].COLUMNS
+        }
+        shared = [column for column, found in values.items() if len(set(found)) == 1]
+        said = ", ".join(f"{column} {values[column][0]}" for column in shared)
+        title = f"**{title_and_text(name)[0]}**" + f" ({said})" * bool(said)
+        columns = [column for column in values if column not in shared]
         shown = [{column: row.get(column) for column in columns} for row in own]
-        parts += [f"**{title_and_text(name)[0]}.**", markdown_rows(shown)]
+        parts += [f"{title}:", markdown_rows(shown)]
     return "\n\n".join(parts)
 
 
