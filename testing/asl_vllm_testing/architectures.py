@@ -178,16 +178,15 @@ ARCHITECTURES = (
 
 
 def table() -> str:
-    """A row for each, in Markdown."""
-    rows = [
-        "| Architecture | `model_type` | Layers are called by |",
-        "|---|---|---|",
-        *(f"| {a.name} | {a.model_type}{_notes(a)} | {a.way} |" for a in ARCHITECTURES),
-    ]
-    return "\n".join(rows)
+    """A row for each way to call layers, in Markdown."""
+    found: dict[str, list[str]] = {}
+    for one in ARCHITECTURES:
+        found.setdefault(one.way, []).append(f"{one.name}{_notes(one)}")
+    rows = [f"| {way} | {', '.join(names)} |" for way, names in found.items()]
+    return "\n".join(["| Layers are called by | Architectures |", "|---|---|", *rows])
 
 
 def _notes(architecture: Architecture) -> str:
-    notes = [", text only"] * ("language_model_only" in architecture.options)
-    notes += [f", with {architecture.needs}"] * bool(architecture.needs)
-    return "".join(notes)
+    notes = ["text only"] * ("language_model_only" in architecture.options)
+    notes += [f"with {architecture.needs}"] * bool(architecture.needs)
+    return f" ({', '.join(notes)})" * bool(notes)
