@@ -88,61 +88,56 @@ class AslConfig:
     budget: int | float | None = None
     """Default ``kv_budget`` of requests that name none; None prunes nothing."""
     bands: int = 1
-    """Bands of layers with a block table each, a divisor of the number of layers;
-    above 1, requests may ask for ``kv_shallow`` "full"."""
+    """Bands of layers with a block table each, a divisor of the number of layers, for
+    ``kv_shallow`` "full"."""
     preset: str | None = dataclasses.field(default=None, init=False)
-    """Settings by name, one of `PRESETS`, for options that are left out: ``paper``
-    has those of ASL's authors, which are the defaults but for a tau of 0.3 at any
-    depth."""
+    """Settings by name, one of `PRESETS`, for options that are left out: ``paper``,
+    those of ASL's authors, are the defaults but for a tau of 0.3 at any depth."""
     window: int = 32
     """W: the last prompt tokens whose attention scores the others; always kept."""
     pool_kernel: int = 7
     """S: width of the average pooling of SnapKV's scores over positions; odd."""
     reach: int = 1
-    """Tokens that a pooled score reaches, its own the first: each token has the largest
-    of those that reach it, so that what follows a peak of attention stays, too."""
+    """Tokens that a pooled score reaches, its own the first, so that what follows a
+    peak of attention stays, too."""
     score_layers: int = 1
-    """asl: layers, the selection layer the last, whose scores choose the tokens that go
-    deeper: each token has its largest. In 1 layer few heads may look for what the
-    answer needs."""
+    """asl: layers, the selection layer the last, whose largest scores choose the tokens
+    that go deeper."""
     l_min: int | None = None
-    """First layer (0-based) whose ranks may count as settled: they are compared with
-    earlier ones. None: 10/32 of the depth."""
+    """First layer (0-based) whose ranks may count as settled; None: 10/32 of the
+    depth."""
     l_obs: int | None = None
     """Layers whose ranks are compared; None: 8/32 of the depth."""
     tau: float | None = None
-    """The first layer whose rank variance is below tau times that of the first
-    checked layer is the selection layer. None: 0.3, or 0.9 for models of fewer than
-    14 layers."""
+    """Share of the first checked layer's rank variance below which ranks have settled;
+    None: 0.3, or 0.9 for models of fewer than 14 layers."""
     selection_layer: int | None = None
-    """Fixes the selection layer (0-based): asl's instead of the adaptive rule, that of
-    fastkv and gemfilter instead of their share of the depth."""
+    """Fixes the selection layer (0-based) of asl, fastkv and gemfilter."""
     propagated_share: float = 0.2
-    """fastkv: share in (0, 1] of the prompt that goes deeper than the selection layer,
-    where that is more than the budget."""
+    """fastkv: share of the prompt that goes deeper than the selection layer, where that
+    is more than the budget."""
     decay_ratio: float = 0.9
-    """pyramidinfer: share in (0, 1] of a layer's tokens that goes deeper, near the last
-    layer; it falls to this from 1 at the first."""
+    """pyramidinfer: share of a layer's tokens that goes deeper near the last layer; it
+    falls to this from 1 at the first."""
     max_prefill_tokens: int | None = None
     """Longest prompt that can be pruned, which sizes the prefill's buffers;
     None: ``max_model_len``."""
     hidden_memory: str = "device"
     """Where a prompt's hidden states live between layers, one of `HIDDEN_MEMORY`:
-    ``host`` takes pinned host memory in place of device memory, for two copies of
-    each row a layer."""
+    ``host``, in pinned memory, copies each row twice a layer."""
     reuse: str = "read"
     """Default ``kv_reuse`` of requests that name none, one of `REUSE_MODES`: ``read``
     takes a prompt's prefix from vLLM's prefix cache where it is there. Without prefix
     caching, or with a quantised KV cache, it is ``none``."""
     chunk_tokens: int | None = None
-    """Tokens a prefill pass sends through one layer at once; None:
-    ``max_num_batched_tokens``, or less where ``pass_share`` asks for it."""
+    """Tokens of a prefill pass; None: ``max_num_batched_tokens``, or less where
+    ``pass_share`` asks for it."""
     pass_share: float = 1.0
-    """Share in (0, 1] of an engine step that prefill passes may take at most, in
-    token-layers of ``max_num_batched_tokens`` tokens through all layers."""
+    """Share of an engine step, ``max_num_batched_tokens`` tokens through all layers,
+    that prefill passes may take at most."""
     check_integrity: bool = False
-    """Debugging: whenever the engine falls idle, check that each KV block is free
-    once; an engine whose blocks are not so ends with an error that says why."""
+    """Debugging: the engine ends with an error where, idle, not each KV block is free
+    once."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICY_NAMES:
