@@ -38,15 +38,26 @@ def title_and_text(name: str) -> tuple[str, str]:
     return title.rstrip("."), " ".join(text.split())
 
 
+def common_and_table(name: str, rows: Sequence[Row]) -> tuple[str, str]:
+    """What all rows of several share, in words, and a Markdown table of the rest."""
+    cells = {c: [cell(row.get(c)) for row in rows] for c in EXPERIMENTS[name].COLUMNS}
+    common = [c for c in cells if len(rows) > 1 and len(set(cells[c])) == 1]
+    columns = [c for c in cells if c not in common]
+    body = zip(*(cells[c] for c in columns), strict=True)
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *body)]
+    lines.insert(1, "|" + "---|" * len(columns))
+    return ", ".join(f"{c} {cells[c][0]}" for c in common), "\n".join(lines)
+
+
 def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
     """The page of results; writes its plots to ``images``."""
     machine = results["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     parts = [
         "# Results",
-        "Written by `make bench`, which runs stock vLLM and asl_vllm in turn in one "
-        "run, on the same random-weight model, prompts and KV pool. Ratios are ours / "
-        "stock, medians over the rounds where a table has several.",
+        "Written by `make bench`, which runs stock vLLM and asl_vllm in turn, on the "
+        "same random-weight model, prompts and KV pool. Ratios are ours / stock, "
+        "medians over rounds.",
         f"Machine: {machine['processor']}, {machine['cores']} cores, "
         f"{machine['dtype']}, {machine['scale']} sizes; {versions}; {machine['date']}.",
     ]
@@ -54,15 +65,11 @@ def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
         if not (rows := results["experiments"].get(name)):
             continue
         title, text = title_and_text(name)
-        columns = EXPERIMENTS[name].COLUMNS
-        lines = [
-            "| " + " | ".join(columns) + " |",
-            "|" + "---|" * len(columns),
-            *("| " + " | ".join(cell(r[c]) for c in columns) + " |" for r in rows),
-        ]
+        common, table = common_and_table(name, rows)
+        text += f" Every row: {common}." * bool(common)
         if was := results.get("earlier", {}).get(name):
             text += f" Measured {was['date']} with asl_vllm {was['asl_vllm']}."
-        parts += [f"## {title}", text, "\n".join(lines)]
+        parts += [f"## {title}", text, table]
         if hasattr(EXPERIMENTS[name], "PLOT"):
             plot(name, rows, images / f"{name}.png")
             parts.append(f"![{title}]({relative}/{name}.png)")

@@ -1,8 +1,7 @@
 """Decode step by context and budget.
 
-An attention-bound model decodes after prompts of several lengths; a step's time is the
-median gap between tokens. Batches are copies of one length. Where the pool does not
-hold a batch of unpruned prompts there is no figure of stock vLLM's.
+An attention-bound model; a step's time is the median gap between tokens. Batches are
+copies of one length. Stock vLLM has no figure where the pool does not hold a batch.
 """
 
 from __future__ import annotations

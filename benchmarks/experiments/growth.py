@@ -1,8 +1,7 @@
 """Cost growth with the prompt's length.
 
-A small model prefills prompts of growing length; seconds a thousand tokens show what
-grows faster than the prompt. Long contexts do not fit a CPU's caches, so times follow
-what else the host does: medians over rounds, though the longest takes minutes.
+Seconds a thousand tokens show what grows faster than the prompt. Long contexts do not
+fit a CPU's caches, so times follow what else the host does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where pruning loses.
 
-A prompt asked again that stock vLLM finds in its prefix cache (pruned requests do not
-fill it); a short prompt; and a budget of nearly the whole prompt, selected late. Time
-to first token.
+Time to first token of a prompt asked again that stock vLLM finds in its prefix cache
+(pruned requests do not fill it), a short prompt, and a budget of nearly the whole
+prompt, selected late.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Peak memory of a prompt's prefill.
 
-Bytes of the KV pool that were held at once, plus what asl_vllm reserves for a prefill
-outside the pool, for a prompt of the longest length.
+Bytes of the KV pool held at once, and what asl_vllm reserves outside it, for a prompt
+of the longest length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Inter-token latency of others while a long prompt is prefilled.
 
 Four requests decode; a long prompt comes. The gaps between their tokens until its first
-token are compared with stock vLLM's chunked prefill of the same prompt.
+token, beside stock vLLM's chunked prefill of the same prompt.
 """
 
 from __future__ import annotations

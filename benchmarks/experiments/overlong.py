@@ -1,7 +1,7 @@
 """A prompt longer than the whole KV pool.
 
-Stock vLLM does not start with a pool smaller than the longest prompt, so there is none.
-The pool holds a quarter of the prompt and as much beside it as a short answer takes.
+Stock vLLM does not start with such a pool: a quarter of the prompt, and room for a
+short answer.
 """
 
 from __future__ import annotations

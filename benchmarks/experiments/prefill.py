@@ -1,8 +1,7 @@
 """Time to first token by prompt length and selection layer.
 
-A layer-bound model prefills prompts of several lengths without selection (snapkv) and
-with selection after a part of its layers. Work is the share
-of an unpruned prefill's token-layers that is left.
+A layer-bound model, without selection (snapkv) and with selection after a part of its
+layers. Work is the share of an unpruned prefill's token-layers that is left.
 """
 
 from __future__ import annotations

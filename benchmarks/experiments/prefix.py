@@ -1,9 +1,8 @@
 """Prompts whose beginning is in the prefix cache.
 
-Each prompt comes after another one, without a budget, that shares its first half, nine
-tenths or all of its tokens; stock vLLM has its prefix cache on, too. Then eight samples
-of a prompt, whose ratio is to one sample of the same engine, and eight questions at
-once about a cached document, answered at length.
+Each comes after another one, without a budget, that shares its first half, nine tenths
+or all of its tokens. Then eight samples of a prompt, to one sample of the same engine,
+and eight questions at once about a cached document, answered at length.
 """
 
 from __future__ import annotations

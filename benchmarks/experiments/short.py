@@ -1,8 +1,7 @@
 """Many short prompts at once.
 
-All are sent together and ask for one token, so that prefills are all there is to do.
-Pruned ones pass a layer together as far as they fit into a chunk. One by one: the same
-with `chunk_tokens` of one prompt, which leaves no room for two.
+All are sent together and ask for one token. Pruned ones pass a layer together as far as
+they fit into a chunk; one by one: `chunk_tokens` of one prompt leaves no room for two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests without a budget on a server with a policy.
 
-The price that those pay who do not ask for pruning: it should be none. Differences are
-small, so there are many rounds.
+What those pay who do not ask for pruning: it should be nothing. Differences are small,
+so there are many rounds.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments import EXPERIMENTS
 from benchmarks.gpu.stage import Row
-from benchmarks.report import cell, title_and_text
+from benchmarks.report import cell, common_and_table, title_and_text
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
@@ -63,16 +62,9 @@ def figures(rows: Sequence[Row]) -> str:
     parts = []
     for name in dict.fromkeys(row["experiment"] for row in rows):
         own = [row for row in rows if row["experiment"] == name]
-        values = {
-            column: [cell(row.get(column)) for row in own]
-            for column in EXPERIMENTS[name].COLUMNS
-        }
-        shared = [column for column, found in values.items() if len(set(found)) == 1]
-        said = ", ".join(f"{column} {values[column][0]}" for column in shared)
-        title = f"**{title_and_text(name)[0]}**" + f" ({said})" * bool(said)
-        columns = [column for column in values if column not in shared]
-        shown = [{column: row.get(column) for column in columns} for row in own]
-        parts += [f"{title}:", markdown_rows(shown)]
+        common, table = common_and_table(name, own)
+        title = f"**{title_and_text(name)[0]}**" + f" ({common})" * bool(common)
+        parts += [f"{title}:", table]
     return "\n\n".join(parts)
 
 

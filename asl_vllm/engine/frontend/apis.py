@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
@@ -74,13 +75,13 @@ APIS: tuple[Api, ...] = (
         "/v1/chat/completions/batch",
         "vllm.entrypoints.openai.chat_completion.protocol.BatchChatCompletionRequest",
         BODY,
-        "`usage.kv_cache` (sum of the conversations), `X-KV-*`",
+        "`usage.kv_cache` (summed), `X-KV-*`",
     ),
     Api(
         "/v1/responses",
         "vllm.entrypoints.openai.responses.protocol.ResponsesRequest",
         BODY,
-        "`usage.kv_cache` (background, stored too), `X-KV-*`",
+        "`usage.kv_cache`, `X-KV-*`",
     ),
     Api(
         "/v1/messages",
@@ -92,7 +93,7 @@ APIS: tuple[Api, ...] = (
         "/v1/completions/render, /v1/chat/completions/render, /v1/responses/render, "
         "/v1/messages/render",
         None,
-        f"{BODY}; handed on in {PARAMETERS}",
+        f"{BODY}, for {PARAMETERS}",
         "none",
     ),
     Api(
@@ -186,14 +187,15 @@ def install() -> None:
 
 
 def table() -> str:
-    """The endpoints as a Markdown table."""
+    """The endpoints as a Markdown table; neighbours of one kind share a row."""
     rows = ["| Endpoint | `kv_*` fields read in | Proof |", "|---|---|---|"]
-    for api in APIS:
+    for (reads, proof), alike in groupby(APIS, lambda api: (api.reads, api.proof)):
         paths = ", ".join(
             f"`{path}`" if path.startswith("/") else path
+            for api in alike
             for path in api.path.split(", ")
         )
-        rows.append(f"| {paths} | {api.reads} | {api.proof} |")
+        rows.append(f"| {paths} | {reads} | {proof} |")
     return "\n".join(rows)
 
 
