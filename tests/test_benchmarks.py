@@ -8,7 +8,7 @@ import pytest
 from asl_vllm_testing import ROOT
 from benchmarks import results_file
 from benchmarks.__main__ import begun
-from benchmarks.report import markdown
+from benchmarks.report import common_and_table, markdown
 
 MACHINE = {
     "processor": "P",
@@ -68,6 +68,16 @@ def test_page_has_tables_in_order_and_plots(tmp_path: Path) -> None:
     assert "(images/growth.png)" in page
     assert (tmp_path / "images" / "growth.png").stat().st_size
     assert not (tmp_path / "images" / "losing.png").exists()
+
+
+def test_a_table_leaves_out_what_all_its_rows_share() -> None:
+    rows = [ROWS["growth"][0] | {"engine": name} for name in ("stock", "asl")]
+    rows[1]["ratio"] = 2.0
+    common, table = common_and_table("growth", rows)
+    assert common == "tokens 8, seconds 1, s_per_1k 128"
+    assert table.splitlines()[::2] == ["| engine | ratio |", "| stock | 1 |"]
+    common, table = common_and_table("growth", rows[:1])
+    assert not common and "| 8 | stock | 1 | 128 | 1 |" in table
 
 
 def test_results_are_written_a_row_a_line(tmp_path: Path) -> None:
