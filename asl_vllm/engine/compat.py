@@ -1,6 +1,6 @@
 """Combinations that a pruning server refuses at start-up, with reason and remedy.
 
-Each row is a row of docs/limits.md too, with what it would take to lift it.
+Each is a line of docs/limits.md too.
 """
 
 from __future__ import annotations
@@ -40,24 +40,28 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     yield from _model_obstacles(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
+        # Stages would have to hand on which tokens are left, with their states.
         yield (
             "all layers on each rank",
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
             "use --tensor-parallel-size instead",
         )
     if parallel.decode_context_parallel_size > 1:
+        # Leading blocks of a rank are not leading tokens.
         yield (
             "whole sequences on each rank",
             f"--decode-context-parallel-size {parallel.decode_context_parallel_size}",
             "leave it at 1",
         )
     if parallel.prefill_context_parallel_size > 1:
+        # The window's queries do not meet all keys.
         yield (
             "whole sequences on each rank",
             f"--prefill-context-parallel-size {parallel.prefill_context_parallel_size}",
             "leave it at 1",
         )
     if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
+        # Ranks forward together: in passes of their own they would wait forever.
         yield (
             "ranks that need not run the same passes",
             "a mixture of experts with --data-parallel-size "
@@ -65,9 +69,11 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
             "use --tensor-parallel-size instead",
         )
     if parallel.use_ubatching:
+        # A view of the block table is made for a whole step.
         yield ("one batch a step", "dual-batch overlap", "drop --enable-dbo")
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
+        # Drafters need these of the whole prompt, and would have to be prefilled, too.
         yield (
             "speculation that reads no hidden states or KV cache of its own",
             f"speculative decoding by {speculative.method!r}",
@@ -89,6 +95,7 @@ def _obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
         )
     yield from _memory_obstacles(vllm_config)
     if vllm_config.lora_config is not None:
+        # vLLM sets adapters up per batch: each pass would set its prompt's instead.
         yield ("one set of weights", "--enable-lora", "drop it or merge the adapter")
     if envs.VLLM_USE_RUST_FRONTEND:
         yield (
@@ -126,14 +133,17 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if model.runner_type != "generate":
         yield ("a generative model", f"runner {model.runner_type!r}", remedy)
     if model.is_encoder_decoder:
+        # Keys of cross attention are no prompt tokens.
         yield ("a decoder-only model", "an encoder-decoder model", remedy)
     if model.supports_multimodal_inputs:
+        # The runner embeds images, at positions of several numbers; passes do not.
         yield (
             "text prompts",
             "a multimodal model",
             "pass --language-model-only, without --enable-mm-embeds",
         )
     if model.use_mla:
+        # One latent vector a token, no keys a head, is there to be scored.
         yield ("ordinary KV heads", "multi-head latent attention (MLA)", remedy)
     if model.is_hybrid or model.is_attention_free or model.has_inner_state:
         yield ("attention in every layer", "state-space layers", remedy)
