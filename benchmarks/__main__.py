@@ -23,6 +23,9 @@ from benchmarks.experiments import EXPERIMENTS
 from benchmarks.report import markdown, text_table, title_and_text
 from benchmarks.scale import FULL, QUICK
 
+PEER = Path("benchmarks/results/kvpress.json")
+"""What `benchmarks.peer` wrote; beside other results if it is a page's."""
+
 
 def parse_args() -> argparse.Namespace:
     """Command-line options."""
@@ -126,7 +129,10 @@ def main() -> None:
     args = parse_args()
     results = json.loads(args.render.read_text()) if args.render else measure(args)
     if args.page:
-        args.page.write_text(markdown(results, args.page.parent / "images", "images"))
+        beside = (args.render or args.output or PEER).with_name(PEER.name)
+        peer = json.loads(beside.read_text()) if beside.exists() else None
+        images = args.page.parent / "images"
+        args.page.write_text(markdown(results, images, "images", peer))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ _reserved: dict[int, int] = {}
 """Tokens of a chunk that prefill factories of this process began with."""
 
 
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "2000000000",
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
 }
@@ -90,7 +90,7 @@ class EngineProcess:
             target=_host, args=(child, model, options), daemon=True
         )
         # Read by the C library before the child's first line.
-        os.environ.update(_ALLOCATOR)
+        os.environ.update(ALLOCATOR)
         self._process.start()
         child.close()
         self.prefill_bytes: int = 0

@@ -43,14 +43,27 @@ def common_and_table(name: str, rows: Sequence[Row]) -> tuple[str, str]:
     cells = {c: [cell(row.get(c)) for row in rows] for c in EXPERIMENTS[name].COLUMNS}
     common = [c for c in cells if len(rows) > 1 and len(set(cells[c])) == 1]
     columns = [c for c in cells if c not in common]
-    body = zip(*(cells[c] for c in columns), strict=True)
-    lines = [f"| {' | '.join(line)} |" for line in (columns, *body)]
-    lines.insert(1, "|" + "---|" * len(columns))
-    return ", ".join(f"{c} {cells[c][0]}" for c in common), "\n".join(lines)
+    shared = ", ".join(f"{c} {cells[c][0]}" for c in common)
+    return shared, markdown_table(columns, rows)
 
 
-def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
-    """The page of results; writes its plots to ``images``."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table for a page."""
+    lines = [columns, *([cell(row.get(c)) for c in columns] for row in rows)]
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "---|" * len(columns), *rest])
+
+
+def markdown(
+    results: dict[str, Any],
+    images: Path,
+    relative: str,
+    peer: dict[str, Any] | None = None,
+) -> str:
+    """The page of results; writes its plots to ``images``.
+
+    ``peer`` is what `benchmarks.peer` wrote, if it ran.
+    """
     machine = results["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     parts = [
@@ -73,6 +86,16 @@ def markdown(results: dict[str, Any], images: Path, relative: str) -> str:
         if hasattr(EXPERIMENTS[name], "PLOT"):
             plot(name, rows, images / f"{name}.png")
             parts.append(f"![{title}]({relative}/{name}.png)")
+    if peer:
+        text = (
+            f"`python -m benchmarks.peer`: SmolLM2 135M, prompts of {peer['tokens']} "
+            f"tokens of natural text, {peer['kept']} of them kept in each layer, "
+            f"{peer['more_tokens']} tokens after the first. One request alone (medians "
+            f"of {peer['rounds']}), then several at once, for kvpress as one batch. "
+            f"{', '.join(peer['kvpress'])}; {peer['date']}."
+        )
+        table = markdown_table(tuple(peer["rows"][0]), peer["rows"])
+        parts += ["## Beside kvpress", text, table]
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,7 +8,7 @@ import pytest
 from asl_vllm_testing import ROOT
 from benchmarks import results_file
 from benchmarks.__main__ import begun
-from benchmarks.report import common_and_table, markdown
+from benchmarks.report import common_and_table, markdown, markdown_table
 
 MACHINE = {
     "processor": "P",
@@ -96,3 +96,13 @@ def test_results_are_written_a_row_a_line(tmp_path: Path) -> None:
 def test_results_in_the_repository_are_as_written(path: Path) -> None:
     text = path.read_text()
     assert text == results_file.text(json.loads(text)) + "\n"
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    folder = ROOT / "benchmarks/results"
+    page = (ROOT / "docs/results.md").read_text()
+    results = json.loads((folder / "cpu-epyc-2core.json").read_text())
+    for name, rows in results["experiments"].items():
+        assert common_and_table(name, rows)[1] in page, name
+    rows = json.loads((folder / "kvpress.json").read_text())["rows"]
+    assert markdown_table(tuple(rows[0]), rows) in page

@@ -9,6 +9,7 @@ requests as one batch.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -24,8 +25,9 @@ from asl_vllm.selection import resolve_kept
 from benchmarks import results_file
 from benchmarks.accuracy.tasks import texts
 from benchmarks.accuracy.tokens import HubTokenizer
-from benchmarks.engines import EngineProcess
+from benchmarks.engines import ALLOCATOR, EngineProcess
 from benchmarks.load import Ask
+from benchmarks.report import markdown_table
 
 TOKENS, BUDGET, MAX_TOKENS = 2640, 264, 64
 WINDOW, POOL_KERNEL, BLOCK_SIZE = 32, 7, 32
@@ -77,7 +79,11 @@ def row(name: str, singles: list[tuple[float, float]], together: float, n: int) 
 def of_kvpress(python: Path, order: dict[str, Any]) -> Any:
     """The row of kvpress."""
     done = subprocess.run(
-        [python, SIDE], input=json.dumps(order), text=True, stdout=subprocess.PIPE
+        [python, SIDE],
+        input=json.dumps(order),
+        text=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | ALLOCATOR,  # as engines have it
     )
     if done.returncode:
         sys.exit("kvpress failed; see above.")
@@ -150,10 +156,7 @@ def main() -> None:
     }
     rows = [of_kvpress(python, order)]
     rows += [of_engine(order, policy) for policy in args.policies.split(",")]
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for one in rows:
-        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in one.values())
-        print("| " + " | ".join(cells) + " |")
+    print(markdown_table(tuple(rows[0]), rows))
     if args.output:
         results_file.write(
             args.output,
@@ -162,6 +165,9 @@ def main() -> None:
                 "kvpress": KVPRESS,
                 "tokens": TOKENS,
                 "kept": order["kept"],
+                "more_tokens": MAX_TOKENS,
+                "rounds": args.rounds,
+                "date": datetime.date.today().isoformat(),
                 "rows": rows,
             },
         )
