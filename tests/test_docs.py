@@ -26,6 +26,11 @@ PACKAGES = sorted(
     }
 )
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
+LINKING = [
+    *DOCUMENTS,
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md"),
+    *("deploy/README.md", "examples/README.md", "training/MODEL_CARD.md"),
+]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -62,6 +67,25 @@ def test_paths_in_documents_exist(document: str) -> None:
     places = (ROOT, ROOT / "asl_vllm", DOCS)
     for name in names:
         assert any((place / name).exists() for place in places), name
+
+
+def headings(document: Path) -> set[str]:
+    """What links may name of a document, as GitHub spells its headings."""
+    found = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+@pytest.mark.parametrize("document", LINKING)
+def test_links_lead_to_files_and_headings(document: str) -> None:
+    path = ROOT / document
+    text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.S | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), link
+        assert not anchor or anchor in headings(linked), link
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
