@@ -28,6 +28,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> VllmDecoder:
     made._embed = made._run_layer = fail
     made._attentions = [SimpleNamespace(kv_cache=EMPTY)]
     made._pool_rows = SimpleNamespace(rows_of=fail)
+    made._scratch = SimpleNamespace(pages=EMPTY)
     monkeypatch.setattr(ranks_module, "tensor_model_parallel_all_reduce", fail)
     monkeypatch.setattr(torch.distributed, "all_reduce", fail)
     decoder: VllmDecoder = made

@@ -55,6 +55,13 @@ def test_what_was_written_is_read(
     at = (wanted[:, None] * SIZE + torch.arange(SIZE)).flatten()
     assert torch.equal(read_keys, keys[at])
     assert torch.equal(read_values, values[at])
+    given = (
+        torch.full_like(read_keys, torch.nan),
+        torch.full_like(read_values, torch.nan),
+    )
+    rows_of.rows_of(pool[wanted], *given)
+    assert torch.equal(given[0], keys[at])
+    assert torch.equal(given[1], values[at])
 
 
 def test_a_backend_that_leaves_rows_out_is_found() -> None:

@@ -143,7 +143,13 @@ class VllmDecoder(Ranks):
         """See `DecoderModel.load_prefixes`."""
         with among_ranks("a cached prefix"):
             attention: Any = self._attentions[layer]
-            keys, values = self._pool_rows.rows_of(attention.kv_cache[block_ids])
+            pool, pages = attention.kv_cache, self._scratch.pages[: len(block_ids)]
+            if len(into) == 1 and pages.shape[1:] == pool.shape[1:]:
+                # One prompt's whole blocks lie there as in the pool.
+                torch.index_select(pool, 0, block_ids, out=pages)
+                self._pool_rows.rows_of(pages, into[0].keys, into[0].values)
+                return
+            keys, values = self._pool_rows.rows_of(pool[block_ids])
             rows = [len(own.keys) for own in into]
             parts = zip(into, keys.split(rows), values.split(rows), strict=True)
             for own, key, value in parts:

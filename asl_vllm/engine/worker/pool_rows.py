@@ -52,8 +52,23 @@ class PoolRows:
         assert bool((places[1:] >= 0).all()), "a row was not written to the page"
         self._key_places, self._value_places = places[1:].split(counts)
 
-    def rows_of(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the keys and values in the rows of ``pages`` [n, ...]."""
+    def rows_of(
+        self,
+        pages: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values in the rows of ``pages`` [n, ...].
+
+        They go into ``keys`` and ``values`` where given: without gaps, of their dtype.
+        """
         flat = pages.reshape(len(pages), -1)
-        keys = flat[:, self._key_places].view(-1, *self._keys[1:])
-        return keys, flat[:, self._value_places].view(-1, *self._values[1:])
+
+        def taken(places: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+            into = None if out is None else out.view(len(flat), -1)
+            return torch.index_select(flat, 1, places, out=into)
+
+        return (
+            taken(self._key_places, keys).view(-1, *self._keys[1:]),
+            taken(self._value_places, values).view(-1, *self._values[1:]),
+        )
