@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -218,6 +218,25 @@ class AslConfig:
     def to_dict(self) -> dict[str, Any]:
         """The options as a plain dict; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
+
+    def counted_in(self, scored: Sequence[int]) -> AslConfig:
+        """The options with layers counted among the ``scored`` ones, ascending.
+
+        Raises:
+            ConfigError: ``selection_layer`` is none of them.
+        """
+        changes: dict[str, Any] = {}
+        if self.l_min is not None:
+            changes["l_min"] = max(1, sum(layer < self.l_min for layer in scored))
+        if self.selection_layer is not None:
+            if self.selection_layer not in scored:
+                raise ConfigError(
+                    f"selection_layer: got {self.selection_layer}; allowed: "
+                    f"{', '.join(map(str, scored))}, this model's layers without a "
+                    "sliding window."
+                )
+            changes["selection_layer"] = scored.index(self.selection_layer)
+        return dataclasses.replace(self, **changes)
 
     def check_depth(self, num_layers: int) -> None:
         """Raises `ConfigError` for a layer that a model of ``num_layers`` has not."""

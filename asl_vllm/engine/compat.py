@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 
 from asl_vllm.config import ConfigError
 from asl_vllm.engine.settings import Settings, settings_of
+from asl_vllm.selection.policies import policies_beside_windows
 
 
 class UnsupportedError(ValueError):
@@ -148,15 +149,58 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     if model.is_hybrid or model.is_attention_free or model.has_inner_state:
         yield ("attention in every layer", "state-space layers", remedy)
     types = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    odd = sorted(types - {"full_attention", "attention"})
-    if model.get_sliding_window() is not None or odd:
-        got = ", ".join(odd) or "sliding-window attention"
-        yield ("full attention in every layer", got, remedy)
+    odd = sorted(types - {"full_attention", "attention", "sliding_attention"})
+    if odd:
+        yield ("full or sliding-window attention", ", ".join(odd), remedy)
+    if model.get_sliding_window() is not None:
+        yield from _window_obstacles(vllm_config)
+
+
+def _window_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
+    settings = settings_of(vllm_config)
+    if not settings.scored_layers or not settings.has_windows:
+        # A model with a window and no list of layers has it in all of them.
+        yield (
+            "layers that see all tokens beside those with a sliding window",
+            "a sliding window in every layer",
+            "choose another model",
+        )
+    beside = "beside layers with a sliding window"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    transfer = vllm_config.kv_transfer_config
+    policy, able = settings.config.policy, policies_beside_windows()
+    for given, got, remedy in (
+        (
+            policy not in ("none", *able),
+            f"--kv-policy {policy}",
+            f"choose {', '.join(able)}",
+        ),
+        (settings.config.bands > 1, "--kv-bands", "drop it"),
+        (
+            vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+            "--disable-hybrid-kv-cache-manager",
+            "drop it",
+        ),
+        (cache_dtype != "auto", f"--kv-cache-dtype {cache_dtype}", "use auto"),
+        (
+            vllm_config.speculative_config is not None,
+            "--speculative-config",
+            "drop it",
+        ),
+        (
+            transfer is not None and transfer.kv_connector == "AslMultiConnector",
+            "a KV connector",
+            "drop --kv-offloading-size and --kv-transfer-config",
+        ),
+    ):
+        if given:
+            yield (f"what works {beside}", f"{got} {beside}", remedy)
 
 
 def _check_options(settings: Settings) -> None:
     config = settings.config
     config.check_depth(settings.num_layers)
+    config.counted_in(settings.scored_layers)
     try:
         _ = settings.bands
     except ValueError as error:

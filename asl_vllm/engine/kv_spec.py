@@ -1,7 +1,8 @@
-"""The KV-cache spec of layers whose requests may lack leading blocks.
+"""The KV-cache specs of layers whose requests may lack leading blocks, and of windows.
 
-Touch point: ``register_kv_cache_spec`` with a subclass of `FullAttentionSpec`. It ties
-the spec, which workers give their layers, to the scheduler's block manager.
+Touch points: ``register_kv_cache_spec`` with subclasses of `FullAttentionSpec` and
+`SlidingWindowSpec`. It ties the spec, which workers give their layers, to the
+scheduler's block manager.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import (
     KVCacheSpecRegistry,
     register_kv_cache_spec,
 )
 
-from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager, WindowBlocksManager
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import Bands
 from asl_vllm.selection.budget import minimum_budget
@@ -58,15 +60,23 @@ class PrunedAttentionSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         stock = super().max_memory_usage_bytes(vllm_config)
-        if vllm_config.cache_config.num_gpu_blocks is not None:
+        settings = settings_of(vllm_config)
+        if vllm_config.cache_config.num_gpu_blocks is not None or settings.has_windows:
             return stock
         # Until the pool is sized this only decides whether vLLM starts. A prompt of
         # max_model_len fits once pruned; one that is not is refused by itself
         # (engine/frontend/admission.py).
-        window = settings_of(vllm_config).config.window
-        smallest = minimum_budget(window, self.block_size)
+        smallest = minimum_budget(settings.config.window, self.block_size)
         blocks = cdiv(smallest, self.block_size) + 1
         return min(stock, blocks * self.page_size_bytes)
+
+
+@register_kv_cache_spec(
+    manager_class=WindowBlocksManager, uniform_type_base_spec=SlidingWindowSpec
+)
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """A layer with a sliding window, whose blocks `WindowBlocksManager` manages."""
 
 
 def _one_band(specs: Iterable[KVCacheSpec]) -> bool:
@@ -80,13 +90,17 @@ def in_bands(
     banded = dict(specs)
     for layer, name in enumerate(layer_names):
         spec = specs[name]
-        assert isinstance(spec, PrunedAttentionSpec)
-        banded[name] = replace(spec, band=bands.of(layer))
+        if isinstance(spec, PrunedAttentionSpec):
+            banded[name] = replace(spec, band=bands.of(layer))
+        else:
+            assert isinstance(spec, WindowSpec) and bands.count == 1
     return banded
 
 
 def prunable(spec: AttentionSpec) -> AttentionSpec:
-    """The spec as a `PrunedAttentionSpec` where it is plain full attention."""
+    """The spec as ours where it is plain full attention or a plain window."""
+    if type(spec) is SlidingWindowSpec:
+        return WindowSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})
     if type(spec) is not FullAttentionSpec:
         return spec
     return PrunedAttentionSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)})

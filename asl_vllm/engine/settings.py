@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -63,6 +64,21 @@ class Settings:
         vllm_config = self.vllm_config
         return int(vllm_config.model_config.get_num_layers(vllm_config.parallel_config))
 
+    @cached_property
+    def scored_layers(self) -> tuple[int, ...]:
+        """Layers without a sliding window, as the model's configuration lists them."""
+        layers = tuple(range(self.num_layers))
+        model = self.vllm_config.model_config
+        kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+        if len(kinds) != self.num_layers or model.get_sliding_window() is None:
+            return layers
+        return tuple(i for i in layers if kinds[i] != "sliding_attention")
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether layers have a sliding window."""
+        return len(self.scored_layers) < self.num_layers
+
     @property
     def bands(self) -> Bands:
         """The bands of the model's layers.
@@ -116,10 +132,12 @@ class Settings:
     def reads_prefixes(self) -> bool:
         """Whether pruned prompts can take a prefix from the prefix cache.
 
-        Not of a quantised cache: scores are made of keys before they are quantised.
+        Not of a quantised cache: scores are made of keys before they are quantised. Nor
+        beside sliding windows, whose layers hold the newest tokens only.
         """
         cache = self.vllm_config.cache_config
-        return bool(cache.enable_prefix_caching) and cache.cache_dtype == "auto"
+        plain = cache.cache_dtype == "auto" and not self.has_windows
+        return bool(cache.enable_prefix_caching) and plain
 
     @property
     def reuse(self) -> str:
@@ -157,9 +175,13 @@ class Settings:
 
     def resolved_options(self) -> dict[str, Any]:
         """Every option of `AslConfig`, with the values that stand in for None."""
+        scored = self.scored_layers
+        rule = self.config.resolved_rule(len(scored))
+        if self.has_windows and self.config.l_min is None:
+            rule["l_min"] = scored[min(int(rule["l_min"]), len(scored) - 1)]
         return {
             **self.config.to_dict(),
-            **self.config.resolved_rule(self.num_layers),
+            **rule,
             "reuse": self.reuse,
             "max_prefill_tokens": self.prefill_capacity,
             "chunk_tokens": self.chunk_tokens,

@@ -22,6 +22,8 @@ class PrefillFactory:
         chunk_tokens: int,
     ) -> None:
         self.model = model
+        self._scored = model.shape.scored_layers
+        self._counted = config.counted_in(self._scored)
         self.buffers = buffers
         self.config = config
         self.chunk_tokens = chunk_tokens
@@ -41,10 +43,11 @@ class PrefillFactory:
         with agreed(self.model):
             policy = make_policy(
                 job.policy,
-                self.config,
-                num_layers=self.model.shape.num_layers,
+                self._counted,
+                num_layers=len(self._scored),
                 kept_tokens=job.kept_tokens,
             )
+            policy.newest = self.model.shape.widest_window
             prefill = Prefill(
                 job, self.model, policy, self.buffers, chunk_tokens=self.chunk_tokens
             )

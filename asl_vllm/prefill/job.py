@@ -22,6 +22,10 @@ class PrefillJob(PrunedPrompt):
     ``keep_shallow``: the layers of the selection layer's band and of all bands before
     it keep every token, and only deeper ones the kept tokens.
 
+    ``window_blocks`` are of each group of layers with a sliding window: the logical
+    block that its ids begin with, and the ids, up to the last token's. They hold the
+    newest tokens at their own positions.
+
     ``reused_block_ids`` are whole blocks that hold the prompt's leading tokens already,
     a row for each band; they are only read. At least the window lies behind them.
     """
@@ -35,6 +39,7 @@ class PrefillJob(PrunedPrompt):
     block_ids: Sequence[Sequence[int]]
     keep_shallow: bool = False
     reused_block_ids: Sequence[Sequence[int]] = ()
+    window_blocks: Sequence[tuple[int, Sequence[int]]] = ()
 
     @property
     def num_prompt_tokens(self) -> int:  # type: ignore[override]
@@ -59,7 +64,18 @@ class PrefillJob(PrunedPrompt):
         it.
         """
         first = 0 if self.keep_shallow else self.pruned_tokens
-        ids = torch.tensor([list(row) for row in self.block_ids], dtype=torch.int64)
+        return self._slots([list(row) for row in self.block_ids], first)
+
+    def window_slots(self) -> list[torch.Tensor]:
+        """Slot ids int64 [n] of each group of `window_blocks`, as `slots`."""
+        return [
+            self._slots([list(ids)], first * self.block_size)[0]
+            for first, ids in self.window_blocks
+        ]
+
+    def _slots(self, block_ids: list[list[int]], first: int) -> torch.Tensor:
+        """Of positions from ``first``, where each row begins, to the last but one."""
+        ids = torch.tensor(block_ids, dtype=torch.int64)
         within = torch.arange(self.block_size)
         slots = ids[:, :, None] * self.block_size + within
         return slots.flatten(1)[:, : self.num_prompt_tokens - 1 - first]

@@ -47,6 +47,7 @@ class Prefill(Prompt):
         self._tap = LayerTap(buffers)
         self._chunk_tokens = chunk_tokens
         self._row = 0
+        self._has_gaps = False
         self.prefix = CachedPrefix(job, model, self._tables)
         self.rerun: Rerun | None = None
         """Runs before the next layer does."""
@@ -89,7 +90,10 @@ class Prefill(Prompt):
             last = self._layer == self._model.shape.num_layers - 1
             self._tap.start_layer(self._num_rows, keys_only=last)
         end = min(start + self._chunk_tokens, self._num_rows)
-        self._tap.start_chunk(start, end)
+        window = self._windows[self._layer]
+        self._tap.start_chunk(
+            start, end, self._positions if window and self._has_gaps else None
+        )
         self.computed_token_layers += end - start
         hidden = self._buffers.hidden.load(start, end)
         self._model.run_layer(
@@ -194,7 +198,10 @@ class Prefill(Prompt):
         deeper = self._deeper
         super()._go_deeper(layer)
         # Rows of a cached prefix are of no meaning yet: `Rerun` fills those selected.
-        if deeper is not None and self.prefix.rows:
+        if deeper is None:
+            return
+        self._has_gaps = True
+        if self.prefix.rows:
             self._leave_prefix(deeper, layer)
 
     def _restart(self, tokens: torch.Tensor) -> None:

@@ -51,7 +51,10 @@ class Prompt(Advancing):
         self._num_rows = job.num_prompt_tokens
         self._written_layers = 0
         self._selection_layer: int | None = None
-        self._tables = BlockTables(job, model.shape.num_layers)
+        shape = model.shape
+        self._windows = shape.windows or (None,) * shape.num_layers
+        self._scored = {layer: i for i, layer in enumerate(shape.scored_layers)}
+        self._tables = BlockTables(job, shape)
         self._deeper: torch.Tensor | None = None
         self._finite = FiniteCheck()
         self._started = time.perf_counter()
@@ -61,6 +64,7 @@ class Prompt(Advancing):
         self._token_ids = on_device(torch.from_numpy(token_ids), device)
         self._positions = torch.arange(job.num_prompt_tokens, device=device)
         self._slots = on_device(job.slots(), device)
+        self._window_slots = [on_device(slots, device) for slots in job.window_slots()]
 
     @property
     def done(self) -> bool:
@@ -106,14 +110,15 @@ class Prompt(Advancing):
         """Whether the policy is asked about the layer.
 
         Where tokens are selected but are yet to be left behind, nothing is asked; and
-        a layer of k tokens keeps them all.
+        a layer of k tokens keeps them all. One with a sliding window keeps the newest.
         """
-        return self._deeper is None and self._num_rows > self.job.kept_tokens
+        scored = self._windows[self._layer] is None
+        return scored and self._deeper is None and self._num_rows > self.job.kept_tokens
 
     def score(self) -> Scores | None:
         """What the policy scores the layer's tokens; see `Policy.score`."""
         return self._policy.score(
-            self._layer,
+            self._scored[self._layer],
             self._buffers.window_queries,
             self._buffers.keys[: self._num_rows],
             self._model.attention_scale(self._layer),
@@ -127,11 +132,12 @@ class Prompt(Advancing):
         return (
             yield from deciding(
                 self._policy,
-                self._layer,
+                self._scored[self._layer],
                 self._num_rows,
                 layer_score,
                 head_scores,
                 self._finite,
+                named=self._layer,
             )
         )
 
@@ -158,7 +164,15 @@ class Prompt(Advancing):
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         # The last row is the last prompt token: the engine's own step computes it.
         keys, values = keys[:-1], values[:-1]
-        slots = self._slots[self._tables.row(self._layer), -len(keys) :]
+        row, window = self._tables.row(self._layer), self._windows[self._layer]
+        if window is None:
+            slots = self._slots[row]
+        else:
+            # What the next token sees beside itself; no rows are missing there.
+            newest = min(len(keys), window - 1)
+            keys, values = keys[len(keys) - newest :], values[len(values) - newest :]
+            slots = self._window_slots[row]
+        slots = slots[len(slots) - len(keys) :]
         self._model.write_kept(self._layer, keys, values, slots)
         self._written_layers += 1
 

@@ -1,9 +1,10 @@
-"""Where a prefill meets bands: the block tables of a prompt's layers."""
+"""Where a prefill meets bands and windows: the block tables of a prompt's layers."""
 
 from __future__ import annotations
 
 from asl_vllm.prefill.bands import Bands
 from asl_vllm.prefill.job import PrefillJob
+from asl_vllm.prefill.shape import ModelShape
 
 
 class BlockTables:
@@ -13,14 +14,19 @@ class BlockTables:
     tokens are left behind.
     """
 
-    def __init__(self, job: PrefillJob, num_layers: int) -> None:
-        self._bands = Bands(num_layers, job.bands)
+    def __init__(self, job: PrefillJob, shape: ModelShape) -> None:
+        # Beside layers with a window the tables of the others are no bands.
+        self._bands = Bands(shape.num_layers, 1 if shape.windows else job.bands)
+        self._groups = shape.groups
         self.pruned_bands = 0 if job.keep_shallow else job.bands
         """So many of the deepest bands lack the pruned blocks; 0: so far none does."""
 
     def row(self, layer: int) -> int:
-        """The table of a layer, a row of what the job names for each band."""
-        return self._bands.of(layer)
+        """The table of a layer, a row of what the job names for each band.
+
+        Of a layer with a sliding window, a row of its `PrefillJob.window_blocks`.
+        """
+        return self._groups[layer] if self._groups else self._bands.of(layer)
 
     @property
     def keeps_all(self) -> bool:

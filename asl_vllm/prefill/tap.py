@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from asl_kernels.attention_at import attention_at
 from asl_kernels.gather_kept import gather_tokens
 from asl_vllm.prefill.buffers import PrefillBuffers
 
@@ -23,6 +24,8 @@ class LayerTap:
     either order, once a chunk.
     """
 
+    _positions: torch.Tensor | None = None
+
     def __init__(self, buffers: PrefillBuffers) -> None:
         self._buffers = buffers
         self._window = buffers.window_queries[: buffers.window]
@@ -30,6 +33,11 @@ class LayerTap:
         self._num_rows = 0
         self._start = 0
         self._end = 0
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether the layer's window is to go by position: see `attend_window`."""
+        return self._positions is not None
 
     def start_layer(self, num_rows: int, *, keys_only: bool = False) -> None:
         """A layer begins that ``num_rows`` tokens will pass.
@@ -40,9 +48,16 @@ class LayerTap:
         self._num_rows = num_rows
         self.keys_only = keys_only
 
-    def start_chunk(self, start: int, end: int) -> None:
-        """Rows ``[start, end)`` pass next."""
+    def start_chunk(
+        self, start: int, end: int, positions: torch.Tensor | None = None
+    ) -> None:
+        """Rows ``[start, end)`` pass next.
+
+        ``positions`` [num_rows] where a layer with a sliding window gets rows with gaps
+        between them.
+        """
         self._start, self._end = start, end
+        self._positions = positions
 
     def on_kv(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Takes the chunk's keys [n, Hkv, D] and values [n, Hkv, Dv]."""
@@ -59,6 +74,37 @@ class LayerTap:
             return
         n = self._end - self._start
         window[begin - first : self._end - first].copy_(query[begin - self._start : n])
+
+    def attend_window(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        window: int,
+        scale: float,
+    ) -> None:
+        """The chunk's attention to the rows so far, in place of the engine's kernel.
+
+        That counts the window in rows: where some are missing it reaches too far.
+
+        Args:
+            query: [n, H, D], rows behind the chunk's ignored.
+            output: Receives [n, H, Dv], in any shape of as many elements a row.
+            window: Positions that a token sees, its own included.
+            scale: The factor on q k^T.
+        """
+        assert self._positions is not None
+        n = self._end - self._start
+        values = self._buffers.values[: self._end]
+        attention_at(
+            query[:n],
+            self._buffers.keys[: self._end],
+            values,
+            self._positions[self._start : self._end],
+            self._positions[: self._end],
+            scale=scale,
+            out=output[:n].view(n, query.shape[1], values.shape[2]),
+            window=window,
+        )
 
 
 class PackTap(LayerTap):

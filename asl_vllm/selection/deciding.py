@@ -85,10 +85,14 @@ def deciding(
     layer_score: Tensor,
     head_scores: Tensor,
     finite: FiniteCheck | None = None,
+    *,
+    named: int | None = None,
 ) -> Reading[LayerDecision]:
     """A policy's decision about a layer of M ``tokens`` (see `Policy.decide`), checked.
 
-    Of a decision's tokens only the shape is checked.
+    Of a decision's tokens only the shape is checked, and that the newest ones that must
+    go deeper do. ``named`` is the layer's number for messages, where the policy counts
+    scored layers only.
 
     With ``finite`` it reads numbers only where the policy observes one or selects
     tokens. Elsewhere ``finite`` is left to be read; until then, what was decided may
@@ -98,6 +102,7 @@ def deciding(
         SelectionError: Scores are not finite, or scores or the decision do not fit the
             layer.
     """
+    name_of = layer if named is None else named
     kv_heads = len(head_scores)
     scored = (tokens - policy.tail,)
     for name, scores, shape in (
@@ -105,17 +110,41 @@ def deciding(
         ("head scores", head_scores, (kv_heads, *scored)),
     ):
         if scores.shape != shape:
-            raise _refusal(policy, layer, name, scores, f"float32 {list(shape)}")
+            raise _refusal(policy, name_of, name, scores, f"float32 {list(shape)}")
     check = FiniteCheck() if finite is None else finite
-    check.add(layer, layer_score, head_scores)
+    check.add(name_of, layer_score, head_scores)
     observed = policy.observe(layer, layer_score)
     number = None
     if finite is None or observed is not None:
         number = yield from check.read_with(observed)
     decision = policy.decide(layer, layer_score, head_scores, number)
-    _check(policy, layer, decision, kv_heads, tokens)
-    if isinstance(decision.deeper, Tensor):
-        yield from check.read()
+    _check(policy, name_of, decision, kv_heads, tokens)
+    deeper = decision.deeper
+    if isinstance(deeper, Tensor):
+        if policy.newest <= policy.tail:
+            yield from check.read()
+        elif decision.restart:
+            raise SelectionError(
+                f"layer {name_of}: {type(policy).__name__} starts over with fewer "
+                "tokens, which layers with a sliding window do not allow. Choose "
+                "another policy."
+            )
+        else:
+            # Ascending: so all behind it are there too.
+            first = tokens - policy.newest
+            fits = len(deeper) >= policy.newest
+            if fits:
+                found = yield from check.read_with(deeper[-policy.newest])
+                fits = found == first
+            if not fits:
+                raise _refusal(
+                    policy,
+                    name_of,
+                    "deeper",
+                    deeper,
+                    f"the last {policy.newest} tokens among them, which layers with a "
+                    "sliding window see; use Policy.tokens_deeper",
+                )
     return decision
 
 

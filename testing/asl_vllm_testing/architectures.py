@@ -27,6 +27,14 @@ _EXPERTS = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+_WINDOWS = {
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": theta}
+    for kind, theta in (("sliding_attention", 1e3), ("full_attention", 1e4))
+}
 DIRECT = "direct calls"
 SUM = "pipeline stages, sum"
 HIDDEN = "pipeline stages, hidden states"
@@ -88,6 +96,7 @@ ARCHITECTURES = (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),
     Architecture("CohereForCausalLM", "cohere", HIDDEN),
+    Architecture("Cohere2ForCausalLM", "cohere2", HIDDEN, _WINDOWS),
     Architecture("Ernie4_5ForCausalLM", "ernie4_5", DIRECT),
     Architecture(
         "Ernie4_5_MoeForCausalLM",
@@ -101,14 +110,15 @@ ARCHITECTURES = (
             "moe_layer_start_index": 1,
         },
     ),
-    Architecture(
-        "Exaone4ForCausalLM",
-        "exaone4",
-        HIDDEN,
-        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
-    ),
+    Architecture("Exaone4ForCausalLM", "exaone4", HIDDEN, _WINDOWS),
     Architecture("GPT2LMHeadModel", "gpt2", HIDDEN, {"n_inner": 96}),
     Architecture("GemmaForCausalLM", "gemma", DIRECT),
+    Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        DIRECT,
+        {**_WINDOWS, "query_pre_attn_scalar": 32, "rope_parameters": _ROPES},
+    ),
     Architecture("Glm4ForCausalLM", "glm4", DIRECT),
     Architecture(
         "Glm4MoeForCausalLM",
@@ -135,6 +145,7 @@ ARCHITECTURES = (
     ),
     Architecture("NemotronForCausalLM", "nemotron", DIRECT),
     Architecture("Olmo2ForCausalLM", "olmo2", LIST),
+    Architecture("Olmo3ForCausalLM", "olmo3", LIST, _WINDOWS),
     Architecture("OlmoeForCausalLM", "olmoe", DIRECT, _EXPERTS),
     Architecture("Phi3ForCausalLM", "phi3", DIRECT, {"sliding_window": None}),
     _text_of(

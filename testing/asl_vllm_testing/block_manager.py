@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -14,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
 )
 from vllm.v1.request import Request
 
@@ -26,11 +29,19 @@ STOCK = FullAttentionSpec(**SIZES, dtype=torch.float32)
 PRUNED = prunable(STOCK)
 
 
-def manager(enable_caching: bool = True, blocks: int = 20) -> KVCacheManager:
+def manager(
+    enable_caching: bool = True,
+    blocks: int = 20,
+    specs: Sequence[KVCacheSpec] = (PRUNED,),
+) -> KVCacheManager:
+    """With a group of one layer for each spec."""
     config = KVCacheConfig(
         num_blocks=blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], PRUNED)],
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"layer {index}"], spec)
+            for index, spec in enumerate(specs)
+        ],
     )
     return KVCacheManager(
         config,

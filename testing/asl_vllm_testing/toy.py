@@ -120,11 +120,17 @@ class ToyDecoder:
             assert len(before) == start
             history[layer] = torch.cat([before, rows])
         rows = start + torch.arange(len(q))
+        window = self.shape.windows[layer] if self.shape.windows else None
         keys, values = self.keys[layer], self.values[layer]
         if lengths:
             heads = self._attend_apart(layer, (q, keys, values), lengths, loaded)
+        elif window and tap.has_gaps:
+            tap.on_query(q)
+            tap.on_kv(k, v)
+            heads = q.new_empty(*q.shape[:2], v.shape[2])
+            tap.attend_window(q, heads, window, self.attention_scale(layer))
         else:
-            heads = self._attend(layer, q, rows, keys, values)
+            heads = self._attend(layer, q, rows, keys, values, window)
         hidden += (heads.flatten(1)[:, None] * self.w_o[layer]).sum(-1)
 
         def padded(rows: Tensor) -> Tensor:
@@ -145,9 +151,15 @@ class ToyDecoder:
         return (hidden[:, None] * weights).sum(-1).unflatten(-1, (heads, -1))
 
     def _attend(
-        self, layer: int, q: Tensor, last: Tensor, keys: Tensor, values: Tensor
+        self,
+        layer: int,
+        q: Tensor,
+        last: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: int | None = None,
     ) -> Tensor:
-        """Each query sees the rows up to its ``last``."""
+        """Each query sees the rows up to its ``last``, ``window`` of them."""
 
         def all_rows(rows: Tensor) -> Tensor:
             group = self.shape.num_heads // rows.shape[1]
@@ -157,8 +169,11 @@ class ToyDecoder:
 
         logits = (q[:, :, None] * all_rows(keys)).sum(-1)
         logits *= self.attention_scale(layer)
-        causal = torch.arange(CAPACITY) <= last[:, None]
-        weights = logits.masked_fill(~causal[:, None], float("-inf")).softmax(-1)
+        rows = torch.arange(CAPACITY)
+        seen = rows <= last[:, None]
+        if window:
+            seen &= rows > last[:, None] - window
+        weights = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
         return (weights[..., None] * all_rows(values)).sum(2)
 
     def _attend_apart(
@@ -267,6 +282,7 @@ class RecordingPolicy(Policy):
         )
         self.policy = policy
         self.tail = policy.tail
+        self.newest = policy.newest
         self.asked: list[int] = []
         self.layers: list[int] = []
         self.decisions: list[LayerDecision] = []
@@ -354,16 +370,14 @@ def prefill(
     **options: object,
 ) -> tuple[Prefill, ToyDecoder, RecordingPolicy]:
     """A `Prefill` that is not begun yet."""
-    settings = config(policy=work.policy, **options)
     model = model or ToyDecoder()
-    policy = RecordingPolicy(
-        make_policy(
-            work.policy,
-            settings,
-            num_layers=model.shape.num_layers,
-            kept_tokens=work.kept_tokens,
-        )
+    scored = model.shape.scored_layers
+    settings = config(policy=work.policy, **options).counted_in(scored)
+    made = make_policy(
+        work.policy, settings, num_layers=len(scored), kept_tokens=work.kept_tokens
     )
+    made.newest = model.shape.widest_window
+    policy = RecordingPolicy(made)
     begun = Prefill(
         work,
         model,

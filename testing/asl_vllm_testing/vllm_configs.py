@@ -29,6 +29,13 @@ LLAMA_SIZES: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+COHERE2: dict[str, Any] = {
+    **LLAMA_SIZES,
+    "architectures": ["Cohere2ForCausalLM"],
+    "model_type": "cohere2",
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ class WholeModel:
             (layer for layer in found if isinstance(layer, Attention)),
             key=lambda layer: extract_layer_index(layer.layer_name),
         )
+        self._windows = [layer.sliding_window for layer in self._attentions]
 
     @torch.inference_mode()
     def generate(
@@ -45,7 +46,8 @@ class WholeModel:
     ) -> OracleResult:
         """Greedy, of a cache with k tokens a layer; ``kept`` None: of all."""
         result = OracleResult()
-        run = _Run(kept, window, pool_kernel, selection_layer, result)
+        newest = max(window, *(w or 0 for w in self._windows))
+        run = _Run(kept, window, pool_kernel, selection_layer, newest, result)
         self._forward(torch.tensor(prompt_ids), 0, run.prefill)
         token, position = prompt_ids[-1], len(prompt_ids) - 1
         for _ in range(max_tokens):
@@ -79,7 +81,7 @@ class WholeModel:
                 layer: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
             ) -> Tensor:
                 output: Tensor = named["output"] if "output" in named else rest[2]
-                mixed = attend(index, q, k, v, layer.impl.scale)
+                mixed = attend(index, q, k, v, layer.impl.scale, self._windows[index])
                 output.copy_(mixed.reshape(output.shape))
                 return output
 
@@ -103,15 +105,23 @@ class _Run:
         window: int,
         pool_kernel: int,
         selection_layer: int,
+        newest: int,
         result: OracleResult,
     ) -> None:
         self.kept, self.window, self.pool_kernel = kept, window, pool_kernel
+        self.newest = newest  # tokens that always go deeper
         self.selection_layer, self.result = selection_layer, result
         self.positions = torch.empty(0, dtype=torch.int64)  # of tokens at this layer
         self.cache: list[tuple[Tensor, Tensor]] = []
 
     def prefill(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding: int | None,
     ) -> Tensor:
         tokens = torch.arange(len(q))
         if layer == 0:
@@ -121,16 +131,19 @@ class _Run:
         deeper = positions
         if self.kept is not None:
             self.result.layer_tokens.append(len(positions))
-            if len(positions) > self.kept:
+            if len(positions) > self.kept and sliding is None:
                 queries = q[positions][-self.window :] * (scale * q.shape[-1] ** 0.5)
                 scores = head_scores(queries, k[positions], self.pool_kernel)
                 top, count = self.kept - self.window, len(positions)
                 keep = positions[with_window(scores, top, count)]
                 if layer == self.selection_layer:
-                    deeper = positions[with_window(scores.sum(0), top, count)]
+                    before = count - self.newest
+                    layer_scores = scores.sum(0)[:before]
+                    deeper = positions[with_window(layer_scores, top, count)]
                     self.result.selection_layer = layer
                     self.result.propagated = deeper
-            self.result.kept_per_layer.append(keep)
+            if sliding is None:
+                self.result.kept_per_layer.append(keep)
         # The last token is computed when the answer begins.
         entries = keep[:, :-1].t()[..., None]
         self.cache.append(
@@ -142,17 +155,29 @@ class _Run:
         here = torch.zeros(len(q), dtype=torch.bool)
         here[positions] = True
         # A token that is not here sees itself, so that its numbers stay finite.
-        seen = (tokens <= tokens[:, None]) & here | torch.eye(len(q), dtype=torch.bool)
+        itself = torch.eye(len(q), dtype=torch.bool)
+        seen = (tokens <= tokens[:, None]) & here | itself
+        if sliding is not None:
+            seen &= tokens > tokens[:, None] - sliding
         self.positions = deeper
         return _attend(q, k, v, seen, scale)
 
     def decode(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        sliding: int | None,
     ) -> Tensor:
         past_k, past_v = self.cache[layer]
         keys, values = torch.cat([past_k, k]), torch.cat([past_v, v])
         self.cache[layer] = keys, values
         seen = torch.ones(1, len(keys), dtype=torch.bool)
+        if sliding is not None:
+            # Its newest entries are next to each other: none was left behind.
+            seen[:, :-sliding] = False
         return _attend(q, keys, values, seen, scale)
 
 

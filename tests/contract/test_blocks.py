@@ -25,8 +25,14 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
 
-from asl_vllm.engine.kv_spec import PrunedAttentionSpec, in_bands, prunable
+from asl_vllm.engine.kv_spec import (
+    PrunedAttentionSpec,
+    WindowSpec,
+    in_bands,
+    prunable,
+)
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.integrity import IntegrityError, check_integrity
 from asl_vllm.prefill import Bands
 from asl_vllm_testing.block_manager import (
     BLOCK,
@@ -137,9 +143,34 @@ def test_blocks_are_freed_when_pruned_after_they_were_taken() -> None:
     assert host.block_pool.get_num_free_blocks() == 19 - 3
 
 
+def test_windows_are_held_as_vllm_holds_them_and_stay_out_of_the_prefix_cache() -> None:
+    window = SlidingWindowSpec(**SIZES, dtype=torch.float32, sliding_window=3 * BLOCK)
+    rows = []
+    for specs in ((STOCK, window), (PRUNED, prunable(window))):
+        # vLLM's own would cache what has no hashes.
+        host = manager(specs[0] is PRUNED, blocks=40, specs=specs)
+        work = request("a", 10 * BLOCK + 3, hashed=False)
+        first = host.coordinator.single_type_managers[0]
+        if isinstance(first, PrunedBlocksManager):
+            first.set_pruned_blocks("a", 4)
+        external = work.num_tokens - 1
+        assert host.allocate_slots(work, 0, num_external_computed_tokens=external)
+        row = host.coordinator.single_type_managers[1].req_to_blocks["a"]
+        rows.append([block.is_null for block in row])
+        assert not any(block.block_hash for block in host.block_pool.blocks)
+    assert rows[0] == rows[1] == [True] * 7 + [False] * 4
+    check_integrity(host)
+    row[8] = row[0]
+    with pytest.raises(IntegrityError, match="of a sliding window has null blocks at"):
+        check_integrity(host)
+
+
 def test_other_specs_are_no_plain_full_attention() -> None:
     window = SlidingWindowSpec(**SIZES, dtype=torch.float32, sliding_window=64)
-    assert prunable(window) is window
+    ours = prunable(window)
+    assert type(ours) is WindowSpec
+    assert ours.sliding_window == 64
+    assert prunable(ours) is ours
     assert prunable(PRUNED) is PRUNED
 
 

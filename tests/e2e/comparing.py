@@ -31,12 +31,17 @@ def assert_same_selection(decisions: list, want: OracleResult, num_tokens: int) 
         assert torch.equal(first_dropped, want.propagated)
 
 
-def assert_same_answer(output: Any, want: OracleResult, num_tokens: int) -> None:
-    """Report, tokens and their log probabilities are the oracle's."""
+def assert_same_answer(
+    output: Any, want: OracleResult, num_tokens: int, num_layers: int = 0
+) -> None:
+    """Report, tokens and their log probabilities are the oracle's.
+
+    ``num_layers`` where layers with a sliding window are among them.
+    """
     report = output.kv_transfer_params
     assert report["selection_layer"] == want.selection_layer
     assert report["kept_tokens"] == len(want.kept_per_layer[0][0])
-    full = num_tokens * len(want.kept_per_layer)
+    full = num_tokens * (num_layers or len(want.kept_per_layer))
     skipped = max(0, full - sum(want.layer_tokens))
     assert report["skipped_token_layers"] == skipped
     answer = output.outputs[0]

@@ -11,7 +11,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.kv_spec import prunable
-from asl_vllm.engine.worker.checks import check_attention, one_spec
+from asl_vllm.engine.worker.checks import (
+    check_attention,
+    check_windows,
+    one_spec,
+)
 
 PLAIN: dict[str, Any] = {
     "query_quant": None,
@@ -90,6 +94,14 @@ def test_the_first_odd_layer_is_named(
         assert part in str(refused.value)
 
 
+def test_windows_are_those_that_the_configuration_lists() -> None:
+    check_windows((), (0, 1))
+    check_windows((8, None), (1,))
+    for windows, got in (((8, 4, None), r"\[4, 8\]"), ((None, 8), r"\[None, 8\]")):
+        with pytest.raises(UnsupportedError, match=f"got .*{got}"):
+            check_windows(windows, (1,))
+
+
 def test_layers_of_one_spec() -> None:
     full = prunable(FullAttentionSpec(**SIZES))
     assert one_spec({"a": full, "b": full}) is full
@@ -98,3 +110,8 @@ def test_layers_of_one_spec() -> None:
     for odd, got in ((window, "SlidingWindowSpec"), (other, "2 shapes")):
         with pytest.raises(UnsupportedError, match=f"got layers of {got}"):
             one_spec({"a": full, "b": odd})
+    # A layer with a window may differ by that only.
+    assert one_spec({"a": full, "b": prunable(window)}) is full
+    wide = SlidingWindowSpec(**{**SIZES, "head_size": 64}, sliding_window=8)
+    with pytest.raises(UnsupportedError, match="whose KV heads are those of the"):
+        one_spec({"a": full, "b": prunable(wide)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from asl_vllm.engine.frontend import served
 from asl_vllm.engine.frontend.admission import read
 from asl_vllm.engine.frontend.fields import FIELDS, given_fields
 from asl_vllm.engine.settings import Settings
-from asl_vllm_testing.vllm_configs import engine_config
+from asl_vllm_testing.vllm_configs import COHERE2, engine_config, model_dir
 
 OFF = AslConfig()
 ON = AslConfig(policy="asl", bands=2)
@@ -66,6 +67,18 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
     assert f"{name}: got {value!r}; allowed: " in str(error)
     if name == "kv_policy":
         assert f"allowed: {', '.join(POLICY_NAMES)}, or null" in str(error)
+
+
+def test_beside_windows_no_policy_starts_over(tmp_path: Path) -> None:
+    model = model_dir(tmp_path / "model", **COHERE2)
+    windowed = Settings(ON, engine_config(model=model))
+    assert windowed.has_windows
+    assert (windowed.reads_prefixes, windowed.reuse) == (False, "none")
+    assert read(windowed, params(kv_policy="snapkv"))
+    with pytest.raises(VLLMValidationError) as refused:
+        read(windowed, params(kv_policy="gemfilter"))
+    assert "got 'gemfilter'; allowed: none, asl, fastkv, pyr" in str(refused.value)
+    assert refused.value.parameter == "kv_policy"
 
 
 def test_long_values_are_cut_short() -> None:

@@ -22,6 +22,7 @@ from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.frontend import connectors, launch
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.vllm_configs import (
+    COHERE2,
     LLAMA_SIZES,
     engine_args,
     engine_config,
@@ -45,12 +46,8 @@ GPT2 = {
 MISTRAL = {**LLAMA_SIZES, "architectures": ["MistralForCausalLM"]}
 MISTRAL_SLIDING = {**MISTRAL, "model_type": "mistral", "sliding_window": 64}
 QWEN2 = {**LLAMA_SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-QWEN2_SLIDING = {
-    **QWEN2,
-    "use_sliding_window": True,
-    "sliding_window": 64,
-    "max_window_layers": 2,
-}
+WINDOWS_ALONE = "Layers with a sliding window beside other features"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 QWEN3 = {**LLAMA_SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 QWEN3_MOE = {
     **LLAMA_SIZES,
@@ -260,18 +257,57 @@ REFUSED = [
         model=MAMBA,
     ),
     Refused(
-        "Sliding-window and chunked attention",
-        needed="full attention in every layer",
-        got="sliding-window attention",
+        "Sliding windows in every layer",
+        needed="layers that see all tokens beside those with a sliding window",
+        got="a sliding window in every layer",
         remedy="choose another model",
         model=MISTRAL_SLIDING,
     ),
     Refused(
-        "Sliding-window and chunked attention",
-        needed="full attention in every layer",
-        got="sliding_attention",
+        "Chunked attention",
+        needed="full or sliding-window attention",
+        got="chunked_attention",
         remedy="choose another model",
-        model=QWEN2_SLIDING,
+        model={**COHERE2, "layer_types": ["chunked_attention", "full_attention"] * 2},
+    ),
+    *(
+        Refused(
+            WINDOWS_ALONE,
+            needed="what works beside layers with a sliding window",
+            got=got,
+            remedy=remedy,
+            model=COHERE2,
+            arguments=arguments,
+            policy=policy,
+        )
+        for got, remedy, arguments, policy in (
+            (
+                "--kv-policy gemfilter",
+                "choose asl, fastkv, pyramidinfer, snapkv",
+                {},
+                {"policy": "gemfilter"},
+            ),
+            ("--kv-bands", "drop it", {}, {"bands": 2}),
+            (
+                "--disable-hybrid-kv-cache-manager",
+                "drop it",
+                {"disable_hybrid_kv_cache_manager": True},
+                {},
+            ),
+            ("--kv-cache-dtype fp8", "use auto", {"kv_cache_dtype": "fp8"}, {}),
+            (
+                "--speculative-config",
+                "drop it",
+                {"speculative_config": NGRAM},
+                {},
+            ),
+            (
+                "a KV connector",
+                "drop --kv-offloading-size",
+                {"kv_offloading_size": 1},
+                {},
+            ),
+        )
     ),
     Refused(
         "Mixtures of experts across data-parallel ranks",
@@ -545,6 +581,7 @@ def test_options_at_their_bounds_are_accepted(options: dict[str, Any]) -> None:
     [
         {**LLAMA_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         {**MISTRAL, "model_type": "mistral", "sliding_window": None},
+        COHERE2,
         QWEN2,
         QWEN3,
         QWEN3_MOE,
@@ -573,13 +610,7 @@ def test_a_multimodal_model_may_serve_text(tmp_path: Path) -> None:
     [
         {"tensor_parallel_size": 2},
         {"data_parallel_size": 2},
-        {
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 2,
-                "prompt_lookup_max": 3,
-            }
-        },
+        {"speculative_config": NGRAM},
         {"enable_prefix_caching": False},
         {"enable_chunked_prefill": True},
         {"kv_cache_dtype": "fp8"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from asl_vllm.engine.worker.warm_up import warm_up
-from asl_vllm.prefill import Known, Packer, PrefillFactory, hidden, prompt
+from asl_vllm.prefill import Known, Packer, PrefillFactory, hidden, prompt, tap
 from asl_vllm.selection import settling, together
-from asl_vllm.selection.policies import POLICIES, base
+from asl_vllm.selection.policies import POLICIES, base, policies_beside_windows
 from asl_vllm_testing import toy
 from asl_vllm_testing.toy import ToyDecoder
 
@@ -131,6 +132,26 @@ def test_prompts_have_read_the_pool_before(policy: str, bands: int) -> None:
     assert isinstance(model, Quiet)
     assert model.read == {0}
     assert bool(model.again) == (policy not in ("snapkv", "gemfilter"))
+    assert model.slots == {PAD_SLOT_ID}
+
+
+def test_rows_with_gaps_have_passed_layers_with_a_window_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attend, seen = tap.attention_at, []
+
+    def note(*args: Any, window: int, **kwargs: Any) -> None:
+        seen.append(window)
+        attend(*args, window=window, **kwargs)
+
+    monkeypatch.setattr(tap, "attention_at", note)
+    windows, groups = (7, None, 7, None, 7), (0, 0, 1, 1, 0)
+    shape = dataclasses.replace(toy.SHAPE, windows=windows, groups=groups)
+    made = toy.factory(Quiet(shape), chunk=CHUNK)
+    warm_up(made, policies_beside_windows(), 1, Packer(made))
+    model = made.model
+    assert isinstance(model, Quiet)
+    assert set(seen) == {7}
     assert model.slots == {PAD_SLOT_ID}
 
 

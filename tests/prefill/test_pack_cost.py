@@ -58,9 +58,7 @@ def launches_of(works: list[PrefillJob], *, packed: int, **way: Any) -> Counter[
 class WideToy(ToyDecoder):
     """One that a prompt longer than the toy's capacity passes, unseen."""
 
-    def _attend(
-        self, layer: int, q: Tensor, last: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
+    def _attend(self, layer: int, q: Tensor, *rest: Any) -> Tensor:
         return q.new_zeros(len(q), SHAPE.num_heads, SHAPE.value_dim)
 
 

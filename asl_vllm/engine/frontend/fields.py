@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from asl_vllm.config import POLICY_NAMES, REUSE_MODES, SHALLOW_MODES
 from asl_vllm.engine.settings import Settings
 from asl_vllm.selection.budget import shown, validate_budget
+from asl_vllm.selection.policies import policies_beside_windows
 
 BUDGET_FIELD = "kv_budget"
 POLICY_FIELD = "kv_policy"
@@ -48,7 +49,10 @@ def _check_name(field: str, value: Any, names: tuple[str, ...], null: str) -> No
 
 
 def _validate_policy(value: Any, settings: Settings) -> None:
-    _check_name(POLICY_FIELD, value, POLICY_NAMES, "the server's policy")
+    names = POLICY_NAMES
+    if settings.has_windows:
+        names = ("none", *policies_beside_windows())
+    _check_name(POLICY_FIELD, value, names, "the server's policy")
 
 
 def _validate_shallow(value: Any, settings: Settings) -> None:

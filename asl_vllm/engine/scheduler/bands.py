@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
@@ -11,12 +10,15 @@ from asl_vllm.prefill import Bands, PrefillReport
 
 
 class BandManagers:
-    """vLLM's managers, one a band from layer 0 on."""
+    """vLLM's managers of blocks that can be pruned, one a band from layer 0 on.
 
-    def __init__(self, managers: Sequence[Any], bands: Bands) -> None:
-        assert all(isinstance(manager, PrunedBlocksManager) for manager in managers)
+    Beside layers with a sliding window there are no bands, but there may be several
+    managers of the other layers.
+    """
+
+    def __init__(self, managers: Sequence[PrunedBlocksManager], bands: Bands) -> None:
         found = [manager.kv_cache_spec.band for manager in managers]
-        assert found == list(range(bands.count)), found
+        assert found in (list(range(bands.count)), [0] * len(managers)), found
         self._managers = managers
 
     def prune(

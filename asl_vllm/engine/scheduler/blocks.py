@@ -1,8 +1,9 @@
-"""The block manager whose requests may lack leading blocks.
+"""The block managers of pruned requests: leading blocks lacking, and windows.
 
-Touch point: a subclass of `FullAttentionManager` that answers
-`get_num_skipped_tokens` per request, as a sliding window would. The block table stays
-the only source of truth.
+Touch points: a subclass of `FullAttentionManager` that answers
+`get_num_skipped_tokens` per request, as a sliding window would; the block table stays
+the only source of truth. And one of `SlidingWindowManager`, which holds of every
+request what vLLM's own does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 
@@ -101,11 +106,6 @@ class PrunedBlocksManager(FullAttentionManager):
         """Requests of which `set_pruned_blocks` was told and `forget` was not."""
         return tuple(self._pruned_blocks)
 
-    def held_blocks(self, request_id: str) -> int:
-        """Blocks that a request owns, null blocks not counted."""
-        row = self.req_to_blocks.get(request_id, ())
-        return sum(not block.is_null for block in row)
-
     @contextmanager
     def _for(self, request_id: str) -> Iterator[None]:
         self._current = request_id
@@ -179,3 +179,22 @@ class PrunedBlocksManager(FullAttentionManager):
         # A pruned block holds other tokens than its positions say.
         if request.request_id not in self._pruned_blocks:
             super().cache_blocks(request, *args, **kwargs)
+
+
+class WindowBlocksManager(SlidingWindowManager):
+    """Blocks of layers with a sliding window, as vLLM keeps them.
+
+    Only a pruned request's stay out of the prefix cache: behind the selection layer
+    they hold what a prompt without the dropped tokens has there.
+    """
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # The scheduler's half takes a pruned request's hashes away.
+        if request.block_hashes:
+            super().cache_blocks(request, *args, **kwargs)
+
+
+def held_blocks(manager: SingleTypeKVCacheManager, request_id: str) -> int:
+    """Blocks that a request owns, null blocks not counted."""
+    row = manager.req_to_blocks.get(request_id, ())
+    return sum(not block.is_null for block in row)

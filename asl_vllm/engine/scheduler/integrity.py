@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager, WindowBlocksManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -44,7 +44,8 @@ def check_integrity(kv_cache_manager: KVCacheManager, *, idle: bool = False) -> 
 
     Every block but the null one is either free, once, or owned by as many requests
     as it counts; free + used + null = all. A request's row begins with as many null
-    blocks as it has pruned blocks and has no other. A pruned request shares blocks
+    blocks as it has pruned blocks and has no other; where layers have a sliding window,
+    with those that it left behind. A pruned request shares blocks
     with others that are pruned alike only, at the same place of their rows, and none
     of them is in the prefix cache.
 
@@ -182,20 +183,19 @@ def _ownership(
         )
 
 
-def _pruned_blocks(manager: Any, request_id: str) -> int:
-    """Leading blocks that a request lacks."""
-    if not isinstance(manager, PrunedBlocksManager):
-        return 0
-    return manager.pruned_blocks(request_id)
-
-
 def _row(manager: Any, request_id: str, row: list[Any]) -> Iterator[str]:
     if not row:
         return
     where = f"the row of {request_id}"
     nulls = [column for column, block in enumerate(row) if block.is_null]
-    pruned = _pruned_blocks(manager, request_id)
-    if pruned and manager.is_pruned_late(request_id):
+    if isinstance(manager, WindowBlocksManager):
+        if nulls != list(range(len(nulls))):
+            yield f"{where} of a sliding window has null blocks at {nulls}"
+        pruned = len(nulls)
+    elif isinstance(manager, PrunedBlocksManager):
+        late = manager.is_pruned_late(request_id)
+        pruned = 0 if late else manager.pruned_blocks(request_id)
+    else:
         pruned = 0
     if nulls != list(range(pruned)):
         yield f"{where} has null blocks at {nulls}, its first {pruned} are pruned"
@@ -206,8 +206,22 @@ def _row(manager: Any, request_id: str, row: list[Any]) -> Iterator[str]:
 
 
 def _pruned_are_apart(managers: Any, pool: BlockPool) -> Iterator[str]:
+    pruned_of: dict[str, int] = {}
+    for manager in managers:
+        if isinstance(manager, PrunedBlocksManager):
+            for request_id in manager.pruned_requests():
+                pruned_of[request_id] = max(
+                    manager.pruned_blocks(request_id), pruned_of.get(request_id, 0)
+                )
     rows = [
-        (group, request_id, _pruned_blocks(manager, request_id), row)
+        (
+            group,
+            request_id,
+            manager.pruned_blocks(request_id)
+            if isinstance(manager, PrunedBlocksManager)
+            else pruned_of.get(request_id, 0),
+            row,
+        )
         for group, manager in enumerate(managers)
         for request_id, row in manager.req_to_blocks.items()
     ]

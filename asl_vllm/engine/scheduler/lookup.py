@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.math_utils import cdiv
 
 from asl_vllm.engine.plan import PrunePlan
+from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ class PrefixLookup:
         self._settings = settings
         self._coordinator = kv_cache_manager.coordinator
         self._pool = kv_cache_manager.block_pool
-        self._managers: Any = self._coordinator.single_type_managers
+        self._managers = [
+            manager
+            for manager in self._coordinator.single_type_managers
+            if isinstance(manager, PrunedBlocksManager)
+        ]
         self._usable = settings.usable_blocks(self._pool.num_gpu_blocks)
         self._hashes: dict[str, list[Any]] = {}
 

@@ -17,6 +17,11 @@ from asl_vllm.engine.messages import StepOrders, StepReports
 from asl_vllm.engine.plan import PrunePlan, plan_of
 from asl_vllm.engine.result import prompt_result
 from asl_vllm.engine.scheduler.bands import BandManagers
+from asl_vllm.engine.scheduler.blocks import (
+    PrunedBlocksManager,
+    WindowBlocksManager,
+    held_blocks,
+)
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
@@ -65,11 +70,19 @@ class SchedulerSide:
         self._idle_check = IdleCheck(kv_cache_manager)
         self._log_stats = kv_cache_manager.log_stats
         self.prefixes = PrefixLookup(self._settings, kv_cache_manager)
-        self._managers = kv_cache_manager.coordinator.single_type_managers
+        self._groups = kv_cache_manager.coordinator.single_type_managers
+        self._managers = [m for m in self._groups if isinstance(m, PrunedBlocksManager)]
+        windows = [m for m in self._groups if m not in self._managers]
+        assert all(isinstance(m, WindowBlocksManager) for m in windows), windows
         settings = self._settings
         self._bands = BandManagers(self._managers, settings.bands)
-        assert {m.block_size for m in self._managers} == {settings.block_size}
-        blocks = settings.usable_blocks(kv_cache_manager.block_pool.num_gpu_blocks)
+        assert {m.block_size for m in self._groups} == {settings.block_size}
+        pool_blocks = kv_cache_manager.block_pool.num_gpu_blocks
+        # The most that a request holds of windows; vLLM bounds it for them only.
+        most = sum(m.max_admission_blocks_per_request or 0 for m in windows)
+        blocks = settings.usable_blocks(pool_blocks - most)
+        if windows:
+            blocks //= len(self._managers)
         self.pool_tokens = blocks * settings.block_size
         if self.pool_tokens < settings.max_model_len:
             logger.info(
@@ -134,6 +147,14 @@ class SchedulerSide:
         if twin := self._sharing.pop(request.request_id, None):
             self._on_shared(request, plan, self._reports[twin])
             return
+        held: list[list[int]] = []
+        windows: list[tuple[int, list[int]]] = []
+        for manager, ids in zip(self._groups, blocks.get_block_ids(), strict=True):
+            if isinstance(manager, PrunedBlocksManager):
+                held.append(ids[plan.absent_blocks :])
+            else:
+                skipped = next((i for i, block in enumerate(ids) if block), len(ids))
+                windows.append((skipped, ids[skipped:]))
         if self._log_stats:
             # vLLM notes it when a request first runs, which is after its prefill.
             request.record_event(EngineCoreEventType.SCHEDULED)
@@ -152,7 +173,8 @@ class SchedulerSide:
                 prompt_token_ids=_packed(request.prompt_token_ids),
                 pruned_blocks=plan.pruned_blocks,
                 block_size=plan.block_size,
-                block_ids=[ids[plan.absent_blocks :] for ids in blocks.get_block_ids()],
+                block_ids=held,
+                window_blocks=windows,
                 keep_shallow=plan.keep_shallow,
                 reused_block_ids=reused,
             )
@@ -285,14 +307,14 @@ class SchedulerSide:
             manager.pruned_blocks(request_id)
             for manager in self._managers
             for request_id in self._plans
-            if manager.held_blocks(request_id)
+            if held_blocks(manager, request_id)
         )
         return pruned * self._settings.block_size // len(self._managers)
 
     def _state_of(self, request_id: str, plan: PrunePlan) -> dict[str, Any]:
         report = self._reports.get(request_id)
         progress = self._progress.get(request_id)
-        held = sum(manager.held_blocks(request_id) for manager in self._managers)
+        held = sum(held_blocks(manager, request_id) for manager in self._groups)
         if self.is_loading(request_id):
             state = "prefilling" if progress else "waiting"
             layer = progress.layer if progress else 0

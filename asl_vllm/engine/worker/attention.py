@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from asl_kernels.block_table_view import block_table_view
-from asl_vllm.engine.kv_spec import prunable
+from asl_vllm.engine.kv_spec import WindowSpec, prunable
 from asl_vllm.prefill import KeysTaken, LayerTap
 
 WRAPPED_BACKENDS: dict[str, str] = {
@@ -37,7 +37,8 @@ class TapMixin:
     """Attention implementation that shows a chunk's q, k, v to ``tap`` when set.
 
     ``instead``, when set, is called with queries and output in place of the backend's
-    attention, and nothing is written to the cache.
+    attention, and nothing is written to the cache. Where the tap's rows have gaps, it
+    does what a sliding window sees of them.
     """
 
     tap: LayerTap | None = None
@@ -61,6 +62,11 @@ class TapMixin:
             self.tap.on_query(query)
             if self.tap.keys_only:
                 raise KeysTaken
+            if self.tap.has_gaps:
+                output = kw["output"] if "output" in kw else args[4]
+                scale: float = self.scale  # type: ignore[attr-defined]
+                self.tap.attend_window(query, output, layer.sliding_window, scale)
+                return output
         return super().forward(layer, query, *args, **kw)  # type: ignore[misc]
 
 
@@ -88,6 +94,9 @@ class ViewMixin:
         )
 
     def _view(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        if isinstance(self.kv_cache_spec, WindowSpec):
+            # Backends skip what a window has left behind by themselves.
+            return common
         table = common.block_table_tensor
         # On the CPU a look is free and spares batches without pruned requests the
         # copy; on a GPU it would cost a host sync.

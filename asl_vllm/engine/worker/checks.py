@@ -5,13 +5,13 @@ Touch points: what `Attention` and its implementation say of themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from asl_vllm.engine.compat import UnsupportedError
-from asl_vllm.engine.kv_spec import PrunedAttentionSpec
+from asl_vllm.engine.kv_spec import PrunedAttentionSpec, WindowSpec
 from asl_vllm.engine.worker import attention
 
 _OTHER_MODEL = "choose another model"
@@ -59,13 +59,39 @@ def _obstacles(layer: Any) -> Iterator[tuple[str, str, str]]:
         yield ("attention to tokens only", "attention sinks", _OTHER_MODEL)
 
 
-def one_spec(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
-    """The spec that all layers share.
+def check_windows(windows: Sequence[int | None], scored: Sequence[int]) -> None:
+    """Compares the layers' sliding windows with those that the configuration lists.
+
+    ``windows`` is empty where no layer has one; ``scored`` are those without.
 
     Raises:
-        UnsupportedError: layers differ.
+        UnsupportedError: they differ, or windows are of several sizes.
     """
-    distinct = set(specs.values())
+    sizes = sorted({window for window in windows if window})
+    if len(sizes) > 1:
+        raise UnsupportedError("sliding windows of one size", f"{sizes}", _OTHER_MODEL)
+    if windows and [i for i, w in enumerate(windows) if w is None] != list(scored):
+        raise UnsupportedError(
+            "a config.json whose layer_types say which layers have a sliding window",
+            f"windows {list(windows)}",
+            _OTHER_MODEL,
+        )
+
+
+def one_spec(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
+    """The spec that all layers without a sliding window share.
+
+    Raises:
+        UnsupportedError: layers differ, but for the window.
+    """
+    windows = {spec for spec in specs.values() if isinstance(spec, WindowSpec)}
+    distinct = set(specs.values()) - windows
+    if len(distinct) == 1 and {_page(s) for s in windows} - {_page(*distinct)}:
+        raise UnsupportedError(
+            "layers with a sliding window whose KV heads are those of the others",
+            f"{sorted({_page(spec) for spec in windows | distinct}, key=str)}",
+            _OTHER_MODEL,
+        )
     odd = sorted(
         {type(spec).__name__ for spec in distinct} - {PrunedAttentionSpec.__name__}
     )
@@ -79,3 +105,10 @@ def one_spec(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
     (spec,) = distinct
     assert isinstance(spec, AttentionSpec)
     return spec
+
+
+def _page(spec: KVCacheSpec) -> tuple[object, ...]:
+    """What blocks of a layer are made of."""
+    assert isinstance(spec, AttentionSpec)
+    heads = spec.num_kv_heads, spec.head_size, spec.head_size_v
+    return spec.block_size, *heads, spec.dtype, spec.page_size_padded

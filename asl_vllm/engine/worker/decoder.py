@@ -32,6 +32,7 @@ def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> Model
     """Sizes of this rank's part of a model."""
     attentions = attention_layers(model)
     first = attentions[0]
+    windows = tuple(attention.sliding_window for attention in attentions)
     return ModelShape(
         num_layers=len(attentions),
         hidden_size=vllm_config.model_config.get_hidden_size(),
@@ -41,6 +42,7 @@ def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> Model
         value_dim=first.head_size_v,
         dtype=vllm_config.model_config.dtype,
         device=device,
+        windows=windows if any(windows) else (),
     )
 
 
@@ -66,16 +68,10 @@ class VllmDecoder(Ranks):
         self._vllm_config = vllm_config
         self._attentions = attention_layers(model)
         self._scratch = scratch
-        stock: Any = self._attentions[0].attn_backend.stock
-        # A builder of our own: the runner's may own buffers of captured graphs.
-        builder = stock.get_builder_cls()(
-            scratch.spec,
-            [attention.layer_name for attention in self._attentions],
-            vllm_config,
-            shape.device,
-        )
-        chunk_tokens = settings_of(vllm_config).chunk_tokens
-        self._chunks = ChunkMetadata(builder, scratch, chunk_tokens)
+        windows = shape.windows or (None,) * shape.num_layers
+        # A builder may plan for its layers' window.
+        made = {window: self._metadata(windows, window) for window in set(windows)}
+        self._chunks = [made[window] for window in windows]
         self._fused = FusedLayers(list_of_layers(model)[2])
         self._dimensions = position_dimensions(vllm_config.model_config)
         with among_ranks("the check of the model's layers"):
@@ -84,13 +80,32 @@ class VllmDecoder(Ranks):
                 self._attentions,
                 self._around,
                 self.greatest,
-                tokens=min(chunk_tokens, len(scratch.slots)),
+                tokens=min(settings_of(vllm_config).chunk_tokens, len(scratch.slots)),
                 dtype=shape.dtype,
                 vocabulary=vllm_config.model_config.get_vocab_size(),
                 dimensions=self._dimensions,
                 device=shape.device,
             ).find()
         self._stages = self.found.stages
+
+    def _metadata(
+        self, windows: Sequence[int | None], window: int | None
+    ) -> ChunkMetadata:
+        """Of the layers with this window."""
+        mine = [
+            a for a, w in zip(self._attentions, windows, strict=True) if w == window
+        ]
+        scratch, vllm_config = self._scratch, self._vllm_config
+        spec = scratch.spec
+        if window is not None:
+            own = mine[0].get_kv_cache_spec(vllm_config)
+            spec = own.copy_with_new_block_size(spec.block_size)
+        stock: Any = mine[0].attn_backend.stock
+        # A builder of our own: the runner's may own buffers of captured graphs.
+        builder = stock.get_builder_cls()(
+            spec, [a.layer_name for a in mine], vllm_config, self.shape.device
+        )
+        return ChunkMetadata(builder, scratch, settings_of(vllm_config).chunk_tokens)
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -155,7 +170,7 @@ class VllmDecoder(Ranks):
             for own, key, value in parts:
                 own.keys.copy_(key)
                 own.values.copy_(value)
-            slots = self._chunks.slots_before(rows, lengths or [0] * len(rows))
+            slots = self._chunks[layer].slots_before(rows, lengths or [0] * len(rows))
             attention.impl.do_kv_cache_update(
                 attention, keys, values, self._scratch.pages, slots
             )
@@ -232,18 +247,20 @@ class VllmDecoder(Ranks):
         ``loaded`` ones.
         """
         attentions = [self._attentions[layer] for layer in layers]
-        names = [attention.layer_name for attention in attentions]
         pools = [attention.kv_cache for attention in attentions]
-        metadata = None
-        if lengths:
-            metadata = self._chunks.of_several(lengths, loaded)
-        elif layers:
-            metadata = self._chunks.of(start, end)
-        slots = {} if metadata is None else dict.fromkeys(names, metadata.slot_mapping)
+        metadata, slots = {}, {}
+        for layer, attention in zip(layers, attentions, strict=True):
+            chunks = self._chunks[layer]
+            if lengths:
+                own = chunks.of_several(lengths, loaded)
+            else:
+                own = chunks.of(start, end)
+            metadata[attention.layer_name] = own
+            slots[attention.layer_name] = own.slot_mapping
         with (
             self._fused.running(),
             set_forward_context(
-                dict.fromkeys(names, metadata),
+                metadata,
                 self._vllm_config,
                 num_tokens=end - start,
                 slot_mapping=slots,

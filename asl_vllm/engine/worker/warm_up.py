@@ -29,6 +29,11 @@ class _Unwritten(PrefillJob):
         """See `PrefillJob.slots`."""
         return torch.full_like(super().slots(), PAD_SLOT_ID)
 
+    def window_slots(self) -> list[torch.Tensor]:
+        """See `PrefillJob.window_slots`."""
+        slots = super().window_slots()
+        return [torch.full_like(row, PAD_SLOT_ID) for row in slots]
+
 
 def warm_up(
     factory: PrefillFactory,
@@ -75,13 +80,17 @@ def _job(
     factory: PrefillFactory, name: str, policy: str, tokens: int, bands: int
 ) -> PrefillJob:
     kept = factory.config.window + _KEPT
+    shape = factory.model.shape
+    rows = shape.full_groups if shape.windows else bands
+    windows = shape.window_groups if shape.windows else 0
     return _Unwritten(
         request_id=name,
         policy=policy,
         prompt_token_ids=[0] * tokens,
         pruned_blocks=tokens - kept,
         block_size=1,
-        block_ids=[[0] * (kept - 1)] * bands,
+        block_ids=[[0] * (kept - 1)] * rows,
+        window_blocks=[(0, [0] * tokens)] * windows,
     )
 
 
@@ -125,6 +134,10 @@ def _prompts(factory: PrefillFactory, policies: list[str]) -> Iterator[tuple[str
     for policy in policies:
         for tokens in lengths:
             yield policy, tokens
+    # Tokens before the window are left out: fewer than half go deeper.
+    window = factory.model.shape.widest_window
+    if window and 2 * window + least <= capacity:
+        yield "fastkv", 2 * window + least
     # In two passes: one full, and one of a single token.
     if least <= chunk < capacity:
         yield factory.config.policy, chunk + 1

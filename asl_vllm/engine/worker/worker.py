@@ -8,19 +8,24 @@ Touch points: ``parallel_config.worker_cls`` names one of these subclasses;
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.mem_utils import format_gib
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.kv_spec import in_bands
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
-from asl_vllm.engine.worker.checks import check_attention, one_spec
+from asl_vllm.engine.worker.checks import (
+    check_attention,
+    check_windows,
+    one_spec,
+)
 from asl_vllm.engine.worker.decoder import VllmDecoder, shape_of
 from asl_vllm.engine.worker.scratch import ScratchPages, scratch_spec
 from asl_vllm.engine.worker.stages.find import attention_layers
@@ -32,7 +37,10 @@ from asl_vllm.prefill import (
     PrefillQueue,
     most_packed,
 )
-from asl_vllm.selection.policies import installed_policies
+from asl_vllm.selection.policies import (
+    installed_policies,
+    policies_beside_windows,
+)
 
 logger = init_logger(__name__)
 
@@ -66,12 +74,15 @@ class PrefillWorkerMixin:
         capacity, config = settings.prefill_capacity, settings.config
         self._prefill_shape = shape_of(model, self.vllm_config, self.device)
         assert self._prefill_shape.num_layers == settings.num_layers
+        check_windows(self._prefill_shape.windows, settings.scored_layers)
+        windows = self._prefill_shape.windows
         on_host = config.hidden_memory == "host"
         self._buffers = PrefillBuffers(
             self._prefill_shape,
             capacity,
             config.window,
-            packed=most_packed(settings.chunk_tokens, config.window),
+            # Windows see rows of one prompt.
+            packed=1 if windows else most_packed(settings.chunk_tokens, config.window),
             host_chunk=settings.chunk_tokens if on_host else None,
         )
         spec = scratch_spec(self._prefill_spec, attentions[0].impl)
@@ -119,11 +130,12 @@ class PrefillWorkerMixin:
         cache_config = self.vllm_config.cache_config
         self._scratch.lay_out(cache_config.get_resolved_kv_cache_layout())
         self._check_pages()
+        shape = self._prefill_shape
+        if shape.windows:
+            groups = self._groups(kv_cache_config)
+            shape = dataclasses.replace(shape, groups=groups)
         decoder = VllmDecoder(
-            self.model_runner.get_model(),
-            self.vllm_config,
-            self._prefill_shape,
-            self._scratch,
+            self.model_runner.get_model(), self.vllm_config, shape, self._scratch
         )
         settings = settings_of(self.vllm_config)
         self._factory = PrefillFactory(
@@ -134,14 +146,26 @@ class PrefillWorkerMixin:
         connector: Any = get_kv_transfer_group()
         connector.bind_prefill_queue(PrefillQueue(self._factory, self._packer))
 
+    def _groups(self, kv_cache_config: KVCacheConfig) -> tuple[int, ...]:
+        """See `ModelShape.groups`: groups with a window and without are two counts."""
+        found: dict[str, int] = {}
+        counts = {True: 0, False: 0}
+        for group in kv_cache_config.kv_cache_groups:
+            windowed = isinstance(group.kv_cache_spec, SlidingWindowSpec)
+            found.update(dict.fromkeys(group.layer_names, counts[windowed]))
+            counts[windowed] += 1
+        layers = attention_layers(self.model_runner.get_model())
+        return tuple(found[layer.layer_name] for layer in layers)
+
     def compile_or_warm_up_model(self) -> Any:
         """Has all that prefills compile compiled, before vLLM does so with its own."""
         # On a CPU there is nothing to compile.
         if self.device.type == "cuda":
             settings = settings_of(self.vllm_config)
+            windows = settings.has_windows
             warm_up(
                 self._factory,
-                installed_policies(),
+                policies_beside_windows() if windows else installed_policies(),
                 settings.bands.count,
                 self._packer,
                 settings.block_size if settings.reads_prefixes else None,

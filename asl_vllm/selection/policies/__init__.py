@@ -35,6 +35,15 @@ def installed_policies() -> dict[str, type[Policy]]:
     return {**POLICIES, **policies_of_packages()}
 
 
+def policies_beside_windows() -> list[str]:
+    """Names of those that models with sliding windows can have: none that restarts.
+
+    Tokens that start over are nearer to each other than in the prompt, so windows would
+    see others.
+    """
+    return [name for name, kind in installed_policies().items() if not kind.restarts]
+
+
 def make_policy(
     name: str, config: AslConfig, *, num_layers: int, kept_tokens: int
 ) -> Policy:
@@ -67,4 +76,5 @@ __all__ = [
     "Policy",
     "installed_policies",
     "make_policy",
+    "policies_beside_windows",
 ]

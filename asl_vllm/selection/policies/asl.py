@@ -26,6 +26,7 @@ class AslPolicy(Policy):
     def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
         """See `Policy`."""
         super().__init__(config, num_layers=num_layers, kept_tokens=kept_tokens)
+        self._selected = False
         self._tau = config.resolved_tau(num_layers)
         self._history = RankHistory(
             l_min=config.resolved_l_min(num_layers),
@@ -41,7 +42,7 @@ class AslPolicy(Policy):
 
     def observe(self, layer: int, layer_score: Tensor) -> Tensor | None:
         """The rank variance of a checked layer, fp64; see `Policy.observe`."""
-        if self.config.selection_layer is not None:
+        if self._selected or self.config.selection_layer is not None:
             return None
         return self._history.observe(layer, layer_score)
 
@@ -56,13 +57,15 @@ class AslPolicy(Policy):
         ratio = None if observed is None else self._history.ratio(observed)
         settled = ratio is not None and ratio < self._tau
         selects = settled or layer == self.config.selection_layer
+        # Deeper layers are asked again where more than k tokens pass them.
+        self._selected |= selects
         self._recent.append(layer_score)
         return LayerDecision(
             self.best_per_head(head_scores),
-            self._best_tokens_lately() if selects else Keep.ALL,
+            self._tokens_lately() if selects else Keep.ALL,
             ratio,
         )
 
-    def _best_tokens_lately(self) -> Tensor:
+    def _tokens_lately(self) -> Tensor | Keep:
         """By each token's largest score of the recent layers."""
-        return self.best_tokens(torch.stack(tuple(self._recent)).amax(0))
+        return self.tokens_deeper(torch.stack(tuple(self._recent)).amax(0))

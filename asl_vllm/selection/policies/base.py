@@ -66,6 +66,9 @@ class Policy(abc.ABC):
     """Tokens are dropped after one layer only, so that the layers up to it may keep
     every token."""
 
+    restarts: ClassVar[bool] = False
+    """Its decisions may be restarts: not for models with sliding windows."""
+
     def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
         """Sets the policy up for a prompt.
 
@@ -88,6 +91,9 @@ class Policy(abc.ABC):
         self._best: tuple[Tensor, Tensor] | None = None
         self.tail = config.window
         """Last tokens of a layer that have no score and always stay."""
+        self.newest = 0
+        """Last tokens that must go deeper, if more than the tail: what layers with a
+        sliding window see of the newest one. The prefill says so."""
 
     @classmethod
     def most_deeper(cls, config: AslConfig, num_tokens: int, kept_tokens: int) -> int:
@@ -167,6 +173,26 @@ class Policy(abc.ABC):
         if taken is not None and taken[0] is head_scores:
             return taken[1]
         return best_and_tail(head_scores, self.kept_tokens, self.tail)
+
+    def tokens_deeper(
+        self, layer_score: Tensor, count: int | None = None
+    ) -> Tensor | Keep:
+        """`best_tokens` as they go deeper, beside the `newest` ones.
+
+        As many tokens before these are taken as before the tail otherwise, so that
+        the number that goes deeper does not depend on the scores.
+
+        Returns:
+            int64 ``[p]``, ascending, p at least ``count``; `Keep.ALL` where none is
+            left out.
+        """
+        if self.newest <= self.tail:
+            return self.best_tokens(layer_score, count)
+        best = (self.kept_tokens if count is None else count) - self.tail
+        before = len(layer_score) + self.tail - self.newest
+        if best >= before:
+            return Keep.ALL
+        return best_and_tail(layer_score[:before], best + self.newest, self.newest)
 
     def best_tokens(self, layer_score: Tensor, count: int | None = None) -> Tensor:
         """The layer's ``count`` (default: k) tokens: the best, and the tail.

@@ -45,5 +45,5 @@ class FastKvPolicy(Policy):
             tokens = len(layer_score) + self.tail
             count = self.most_deeper(self.config, tokens, self.kept_tokens)
             if count < tokens:
-                deeper = self.best_tokens(layer_score, count)
+                deeper = self.tokens_deeper(layer_score, count)
         return LayerDecision(self.best_per_head(head_scores), deeper)

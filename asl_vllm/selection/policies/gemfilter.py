@@ -23,6 +23,8 @@ class GemFilterPolicy(Policy):
     layer 0, as a prompt without the others. The last token is always one of them.
     """
 
+    restarts = True
+
     def __init__(self, config: AslConfig, *, num_layers: int, kept_tokens: int) -> None:
         """See `Policy`."""
         super().__init__(config, num_layers=num_layers, kept_tokens=kept_tokens)

@@ -55,7 +55,7 @@ class PyramidInferPolicy(Policy):
         count = max(self.kept_tokens - self.tail, int(context * self._share(layer)))
         if count == context:
             return LayerDecision(kept)
-        return LayerDecision(kept, self.best_tokens(ranked, count + self.tail))
+        return LayerDecision(kept, self.tokens_deeper(ranked, count + self.tail))
 
     def _share(self, layer: int) -> float:
         decay = self.config.decay_ratio
