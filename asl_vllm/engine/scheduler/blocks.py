@@ -15,7 +15,6 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
-    SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
 from vllm.v1.request import Request
@@ -194,7 +193,9 @@ class WindowBlocksManager(SlidingWindowManager):
             super().cache_blocks(request, *args, **kwargs)
 
 
-def held_blocks(manager: SingleTypeKVCacheManager, request_id: str) -> int:
+def held_blocks(
+    manager: PrunedBlocksManager | WindowBlocksManager, request_id: str
+) -> int:
     """Blocks that a request owns, null blocks not counted."""
     row = manager.req_to_blocks.get(request_id, ())
     return sum(not block.is_null for block in row)
