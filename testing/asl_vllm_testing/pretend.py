@@ -7,6 +7,9 @@ reads all that attention would read, so a slot that another request wrote to, or
 was never written, is found at once. The next token is a hash of the last mark, so each
 answer is known beforehand.
 
+With a sliding window there are two groups of layers with blocks of their own; of the
+second one only what the window sees is read, and a prefill writes no more.
+
 Steps are executed in the order in which they were scheduled, as a device does, also
 where their outputs are looked at later. With ``host_memory`` vLLM's offloading
 connector moves marks between blocks and host memory beside ours.
@@ -82,7 +85,13 @@ class Script:
 class PretendPrefill:
     """A `Prefill` that writes the marks of a prompt again in each pass."""
 
-    def __init__(self, job: PrefillJob, script: Script, slots: np.ndarray) -> None:
+    def __init__(
+        self,
+        job: PrefillJob,
+        script: Script,
+        slots: np.ndarray,
+        sliding_window: int | None,
+    ) -> None:
         assert list(job.prompt_token_ids) == script.prompt
         assert job.pruned_tokens == script.pruned_tokens
         self.job = job
@@ -90,6 +99,11 @@ class PretendPrefill:
         self._script = script
         self._slots = slots
         self._target = job.slots()[0].numpy()
+        self._newest = self._target[:0]
+        if sliding_window:
+            (row,) = job.window_slots()
+            self._newest = row.numpy()[-(sliding_window - 1) :]
+            assert len(self._newest) >= min(sliding_window, len(script.prompt)) - 1
         self._whole = LAYERS * (job.num_prompt_tokens - job.reused_tokens)
         (reused,) = job.reused_block_ids or ([],)
         size = job.block_size
@@ -122,6 +136,8 @@ class PretendPrefill:
         self._slots[self._target] = script.expected(
             script.pruned_tokens, len(script.prompt) - 1
         )
+        last = len(script.prompt) - 1
+        self._slots[self._newest] = script.expected(last - len(self._newest), last)
         return spent
 
     def report(self) -> PrefillReport:
@@ -133,7 +149,12 @@ class PretendWorker:
     """Executes what a scheduler says, over the slots of one layer."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, host_memory: bool = False
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        host_memory: bool = False,
+        sliding_window: int | None = None,
     ) -> None:
         self.slots = np.full(num_blocks * block_size, STALE, dtype=np.int64)
         self._mover: OffloadingConnectorWorker | None = None
@@ -146,7 +167,8 @@ class PretendWorker:
         self.admitted: list[str] = []
         self.copies = 0
         self._block_size = block_size
-        self._rows: dict[str, list[int]] = {}
+        self._sliding_window = sliding_window
+        self._rows: dict[str, list[list[int]]] = {}
         self._known: dict[str, int] = {}
         self._side = WorkerSide()
         self._side.queue = PrefillQueue(self._start)  # type: ignore[arg-type]
@@ -157,7 +179,8 @@ class PretendWorker:
         return len(self._side.queue)
 
     def _start(self, job: PrefillJob) -> PretendPrefill:
-        return PretendPrefill(job, self.scripts[job.request_id], self.slots)
+        script = self.scripts[job.request_id]
+        return PretendPrefill(job, script, self.slots, self._sliding_window)
 
     def progress(self) -> dict[str, PrefillProgress]:
         """How far the running job is, by request."""
@@ -220,8 +243,7 @@ class PretendWorker:
     def _update_rows(self, step: SchedulerOutput) -> None:
         self._computed: dict[str, int] = {}
         for new in step.scheduled_new_reqs:
-            (row,) = new.block_ids
-            self._rows[new.req_id] = list(row)
+            self._rows[new.req_id] = [list(row) for row in new.block_ids]
             self._computed[new.req_id] = new.num_computed_tokens
         cached = step.scheduled_cached_reqs
         for name, blocks, computed, generated in zip(
@@ -231,31 +253,46 @@ class PretendWorker:
             cached.num_output_tokens,
             strict=True,
         ):
-            (added,) = blocks if blocks is not None else ([],)
+            before = self._rows[name]
             if name in cached.resumed_req_ids:
-                self._rows[name] = []
+                before = [[] for _ in before]
                 # A reset throws away tokens that were sampled in a step under way.
                 self._known[name] = len(self.scripts[name].prompt) + generated
-            self._rows[name] = self._rows[name] + list(added)
+            added = blocks if blocks is not None else [[] for _ in before]
+            self._rows[name] = [
+                [*row, *more] for row, more in zip(before, added, strict=True)
+            ]
             self._computed[name] = computed
 
     def _forward(self, name: str, step: SchedulerOutput) -> list[int]:
         script, size = self.scripts[name], self._block_size
         start = self._computed[name]
         end = start + step.num_scheduled_tokens[name]
-        row = np.array(self._rows[name])
-        pruned = script.pruned_tokens
+        rows = [np.array(row) for row in self._rows[name]]
+        row, pruned = rows[0], script.pruned_tokens
         assert not row[: pruned // size].any(), f"{name}: pruned blocks are not null"
         assert row[pruned // size :].all(), f"{name}: null block beyond the pruned ones"
-        positions = np.arange(pruned, end)
-        slots = row[positions // size] * size + positions % size
-        self.slots[slots[start - pruned :]] = script.expected(start, end)
-        read = self.slots[slots]
-        wrong = positions[read != script.expected(pruned, end)]
-        assert not len(wrong), f"{name} reads other tokens at positions {wrong[:9]}"
+        self._attend(name, row, pruned, start, end)
+        if self._sliding_window:
+            # From what the first of them sees.
+            seen = max(0, start - self._sliding_window + 1)
+            assert rows[1][seen // size :].all(), f"{name}: null block in its window"
+            self._attend(name, rows[1], seen, start, end)
         # Of a resumed request the generated tokens are prefilled again, in chunks.
         known = self._known.setdefault(name, len(script.prompt))
         if end < known:
             return []
         self._known[name] = known + 1
         return [script.tokens[known]]
+
+    def _attend(
+        self, name: str, row: np.ndarray, first: int, start: int, end: int
+    ) -> None:
+        """Writes positions ``start`` to ``end`` of a row, and reads from ``first``."""
+        script, size = self.scripts[name], self._block_size
+        positions = np.arange(first, end)
+        slots = row[positions // size] * size + positions % size
+        self.slots[slots[start - first :]] = script.expected(start, end)
+        read = self.slots[slots]
+        wrong = positions[read != script.expected(first, end)]
+        assert not len(wrong), f"{name} reads other tokens at positions {wrong[:9]}"

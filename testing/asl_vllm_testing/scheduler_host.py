@@ -16,7 +16,12 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.worker.gpu_worker import record_kv_cache_layout
@@ -177,17 +182,22 @@ def make_host(
     scheduler_class: type[Scheduler] = Scheduler,
     step_tokens: int = 256,
     drafts: int = 0,
+    sliding_window: int | None = None,
     engine: dict[str, Any] | None = None,
     **policy: Any,
 ) -> Host:
     """A scheduler without an engine, its pool of ``pool_blocks`` blocks.
 
-    With ``drafts`` it schedules so many drafted tokens for each request in a step.
+    With ``drafts`` it schedules so many drafted tokens for each request in a step; with
+    ``sliding_window`` every other layer has one.
     ``engine`` are more engine arguments, ``policy`` options of asl_vllm; prompts are
     all of one token, so requests read nothing unless ``reuse`` says so.
     """
+    kinds = ["full_attention", "sliding_attention"] * (LAYERS // 2)
+    windowed = {"sliding_window": sliding_window, "layer_types": kinds}
     config = engine_config(
         {"policy": "asl", "window": 8, "reuse": "none", **policy},
+        hf_overrides=windowed if sliding_window else {},
         max_model_len=2048,
         block_size=BLOCK,
         max_num_batched_tokens=step_tokens,
@@ -201,14 +211,20 @@ def make_host(
     config.cache_config.num_gpu_blocks = pool_blocks
     record_kv_cache_layout(config.cache_config, "LBHNC")
     init_none_hash(sha256)
-    spec = prunable(
-        FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32
-        )
-    )
+    sizes: dict[str, Any] = {
+        "block_size": BLOCK,
+        "num_kv_heads": 2,
+        "head_size": 32,
+        "dtype": torch.float32,
+    }
     names = [f"layers.{layer}" for layer in range(LAYERS)]
-    bands = settings_of(config).bands
-    specs = in_bands(dict.fromkeys(names, spec), bands, names)
+    specs: dict[str, KVCacheSpec] = dict.fromkeys(
+        names, prunable(FullAttentionSpec(**sizes))
+    )
+    if sliding_window:
+        window = prunable(SlidingWindowSpec(**sizes, sliding_window=sliding_window))
+        specs.update(dict.fromkeys(names[1::2], window))
+    specs = in_bands(specs, settings_of(config).bands, names)
     pool = KVCacheConfig(
         num_blocks=pool_blocks,
         kv_cache_tensors=[],
