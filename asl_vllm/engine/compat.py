@@ -152,18 +152,18 @@ def _model_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     odd = sorted(types - {"full_attention", "attention", "sliding_attention"})
     if odd:
         yield ("full or sliding-window attention", ", ".join(odd), remedy)
-    if model.get_sliding_window() is not None:
+    if settings_of(vllm_config).has_windows:
         yield from _window_obstacles(vllm_config)
 
 
 def _window_obstacles(vllm_config: VllmConfig) -> Iterator[tuple[str, str, str]]:
     settings = settings_of(vllm_config)
-    if not settings.scored_layers or not settings.has_windows:
-        # A model with a window and no list of layers has it in all of them.
+    if not settings.scored_layers:
+        window = vllm_config.model_config.get_sliding_window()
         yield (
             "layers that see all tokens beside those with a sliding window",
-            "a sliding window in every layer",
-            "choose another model",
+            f"a sliding window of {window} tokens in every layer",
+            f"pass --disable-sliding-window, or --max-model-len {window}",
         )
     beside = "beside layers with a sliding window"
     cache_dtype = vllm_config.cache_config.cache_dtype

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_spec_registry import (
 )
 
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager, WindowBlocksManager
-from asl_vllm.engine.settings import settings_of
+from asl_vllm.engine.settings import Settings, settings_of
 from asl_vllm.prefill import Bands
 from asl_vllm.selection.budget import minimum_budget
 
@@ -81,6 +81,21 @@ class WindowSpec(SlidingWindowSpec):
 
 def _one_band(specs: Iterable[KVCacheSpec]) -> bool:
     return len({getattr(spec, "band", 0) for spec in specs}) == 1
+
+
+def without_idle_windows(
+    specs: Mapping[str, KVCacheSpec], settings: Settings
+) -> dict[str, KVCacheSpec]:
+    """The specs, where a window that leaves no token behind is none."""
+    return {name: _without_idle_window(spec, settings) for name, spec in specs.items()}
+
+
+def _without_idle_window(spec: KVCacheSpec, settings: Settings) -> KVCacheSpec:
+    idle = isinstance(spec, WindowSpec) and not settings.window_of(spec.sliding_window)
+    if not idle:
+        return spec
+    common = fields(AttentionSpec)
+    return PrunedAttentionSpec(**{f.name: getattr(spec, f.name) for f in common})
 
 
 def in_bands(

@@ -66,13 +66,25 @@ class Settings:
 
     @cached_property
     def scored_layers(self) -> tuple[int, ...]:
-        """Layers without a sliding window, as the model's configuration lists them."""
+        """Layers that see all tokens, as the model's configuration lists them.
+
+        One that has a window and lists none has it in every layer.
+        """
         layers = tuple(range(self.num_layers))
         model = self.vllm_config.model_config
-        kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-        if len(kinds) != self.num_layers or model.get_sliding_window() is None:
+        if self.window_of(model.get_sliding_window()) is None:
             return layers
-        return tuple(i for i in layers if kinds[i] != "sliding_attention")
+        kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+        return tuple(i for i in layers if kinds and kinds[i] != "sliding_attention")
+
+    def window_of(self, sliding_window: int | None) -> int | None:
+        """A layer's window, if it is shorter than the longest sequence; or else None.
+
+        One that is not never leaves a token behind.
+        """
+        if sliding_window is None or sliding_window >= self.max_model_len:
+            return None
+        return sliding_window
 
     @property
     def has_windows(self) -> bool:

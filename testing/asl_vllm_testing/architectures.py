@@ -133,7 +133,8 @@ ARCHITECTURES = (
         "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", LIST, {**_EXPERTS, "moe_topk": 2}
     ),
     Architecture("LlamaForCausalLM", "llama", DIRECT),
-    Architecture("MistralForCausalLM", "mistral", DIRECT, {"sliding_window": None}),
+    # A window in every layer, as long as the longest sequence.
+    Architecture("MistralForCausalLM", "mistral", DIRECT, {"sliding_window": 512}),
     _text_of(
         "Mistral3ForConditionalGeneration",
         "mistral3",
@@ -147,7 +148,7 @@ ARCHITECTURES = (
     Architecture("Olmo2ForCausalLM", "olmo2", LIST),
     Architecture("Olmo3ForCausalLM", "olmo3", LIST, _WINDOWS),
     Architecture("OlmoeForCausalLM", "olmoe", DIRECT, _EXPERTS),
-    Architecture("Phi3ForCausalLM", "phi3", DIRECT, {"sliding_window": None}),
+    Architecture("Phi3ForCausalLM", "phi3", DIRECT, {"sliding_window": 600}),
     _text_of(
         "PaddleOCRVLForConditionalGeneration",
         "paddleocr_vl",

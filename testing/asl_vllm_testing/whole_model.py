@@ -31,7 +31,14 @@ class WholeModel:
             (layer for layer in found if isinstance(layer, Attention)),
             key=lambda layer: extract_layer_index(layer.layer_name),
         )
-        self._windows = [layer.sliding_window for layer in self._attentions]
+        # One that is as long as any sequence is none.
+        longest = vllm_config.model_config.max_model_len
+        self._windows = [
+            None
+            if (layer.sliding_window or longest) >= longest
+            else layer.sliding_window
+            for layer in self._attentions
+        ]
 
     @torch.inference_mode()
     def generate(

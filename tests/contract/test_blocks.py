@@ -30,9 +30,11 @@ from asl_vllm.engine.kv_spec import (
     WindowSpec,
     in_bands,
     prunable,
+    without_idle_windows,
 )
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.scheduler.integrity import IntegrityError, check_integrity
+from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import Bands
 from asl_vllm_testing.block_manager import (
     BLOCK,
@@ -163,6 +165,16 @@ def test_windows_are_held_as_vllm_holds_them_and_stay_out_of_the_prefix_cache() 
     row[8] = row[0]
     with pytest.raises(IntegrityError, match="of a sliding window has null blocks at"):
         check_integrity(host)
+
+
+def test_a_window_of_the_longest_sequence_is_full_attention() -> None:
+    settings = settings_of(engine_config({"policy": "asl"}, max_model_len=256))
+    shorter, longest = (
+        prunable(SlidingWindowSpec(**SIZES, dtype=torch.float32, sliding_window=window))
+        for window in (255, 256)
+    )
+    specs = without_idle_windows({"a": PRUNED, "b": shorter, "c": longest}, settings)
+    assert specs == {"a": PRUNED, "b": shorter, "c": PRUNED}
 
 
 def test_other_specs_are_no_plain_full_attention() -> None:

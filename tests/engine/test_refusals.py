@@ -20,6 +20,7 @@ from asl_vllm.config import POLICY_NAMES, ConfigError
 from asl_vllm.engine import compat
 from asl_vllm.engine.compat import UnsupportedError
 from asl_vllm.engine.frontend import connectors, launch
+from asl_vllm.engine.settings import settings_of
 from asl_vllm_testing import TINY_MODEL
 from asl_vllm_testing.vllm_configs import (
     COHERE2,
@@ -259,8 +260,8 @@ REFUSED = [
     Refused(
         "Sliding windows in every layer",
         needed="layers that see all tokens beside those with a sliding window",
-        got="a sliding window in every layer",
-        remedy="choose another model",
+        got="a sliding window of 64 tokens in every layer",
+        remedy="pass --disable-sliding-window, or --max-model-len 64",
         model=MISTRAL_SLIDING,
     ),
     Refused(
@@ -581,6 +582,7 @@ def test_options_at_their_bounds_are_accepted(options: dict[str, Any]) -> None:
     [
         {**LLAMA_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"},
         {**MISTRAL, "model_type": "mistral", "sliding_window": None},
+        {**MISTRAL_SLIDING, "sliding_window": 256},
         COHERE2,
         QWEN2,
         QWEN3,
@@ -595,6 +597,18 @@ def test_architectures_are_not_refused_by_name(
     """Whether layers can be called one by one shows once the model is loaded."""
     config = engine_config(ASL, model=model_dir(tmp_path / "model", **model))
     assert config.parallel_config.worker_cls in launch.WORKERS.values()
+
+
+@pytest.mark.parametrize(
+    "remedy", [{"disable_sliding_window": True}, {"max_model_len": 64}], ids=str
+)
+def test_a_window_that_is_never_left_is_none(
+    remedy: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_dir(tmp_path / "model", **MISTRAL_SLIDING)
+    config = engine_config(ASL, model=model, **{"max_model_len": None, **remedy})
+    assert config.model_config.max_model_len == 64
+    assert not settings_of(config).has_windows
 
 
 def test_a_multimodal_model_may_serve_text(tmp_path: Path) -> None:

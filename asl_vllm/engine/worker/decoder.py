@@ -32,7 +32,8 @@ def shape_of(model: Any, vllm_config: VllmConfig, device: torch.device) -> Model
     """Sizes of this rank's part of a model."""
     attentions = attention_layers(model)
     first = attentions[0]
-    windows = tuple(attention.sliding_window for attention in attentions)
+    window_of = settings_of(vllm_config).window_of
+    windows = tuple(window_of(attention.sliding_window) for attention in attentions)
     return ModelShape(
         num_layers=len(attentions),
         hidden_size=vllm_config.model_config.get_hidden_size(),

@@ -18,7 +18,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 
 from asl_vllm.engine.compat import UnsupportedError
-from asl_vllm.engine.kv_spec import in_bands
+from asl_vllm.engine.kv_spec import in_bands, without_idle_windows
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.engine.worker import attention
 from asl_vllm.engine.worker.checks import (
@@ -69,8 +69,9 @@ class PrefillWorkerMixin:
         model = self.model_runner.get_model()
         attentions = attention_layers(model)
         check_attention(attentions)
-        self._prefill_spec = one_spec(self.model_runner.get_kv_cache_spec())
         settings = settings_of(self.vllm_config)
+        specs = self.model_runner.get_kv_cache_spec()
+        self._prefill_spec = one_spec(without_idle_windows(specs, settings))
         capacity, config = settings.prefill_capacity, settings.config
         self._prefill_shape = shape_of(model, self.vllm_config, self.device)
         assert self._prefill_shape.num_layers == settings.num_layers
@@ -121,8 +122,10 @@ class PrefillWorkerMixin:
             layer.layer_name
             for layer in attention_layers(self.model_runner.get_model())
         ]
+        settings = settings_of(self.vllm_config)
         specs = super().get_kv_cache_spec()  # type: ignore[misc]
-        return in_bands(specs, settings_of(self.vllm_config).bands, names)
+        specs = without_idle_windows(specs, settings)
+        return in_bands(specs, settings.bands, names)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Makes the KV pool, then the queue of pruned prefills over it."""
