@@ -32,4 +32,6 @@ class KVEndpoints:
             app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Nothing: the routes ask the engine client that vLLM keeps in the state."""
+        """The routes ask the engine client that vLLM keeps in the state."""
+        parallel = engine_client.vllm_config.parallel_config
+        repeated_ids.share(parallel._api_process_count)

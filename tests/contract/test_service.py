@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponseUsage
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError
 from vllm.plugins.endpoint_plugins.interface import (
     EndpointPlugin,
     attach_endpoint_plugins,
@@ -203,39 +203,38 @@ def test_buckets() -> None:
     assert 1.0 in histogram_buckets("time_to_first_token")
 
 
-def test_a_live_requests_id_is_known_until_it_ends() -> None:
-    processor = OutputProcessor(tokenizer=None, log_stats=False)
-    made = InputProcessor(engine_config()).process_inputs(
-        "a", {"prompt_token_ids": [7]}, SamplingParams(max_tokens=4), ("generate",)
-    )
-    made.external_req_id = "a"
-    processor.add_request(made, None)
-    assert "a" in processor.external_req_ids
-    processor.abort_requests(["a"], internal=False)
-    assert "a" not in processor.external_req_ids
-
-
 @pytest.mark.parametrize("plain", [False, True])
-def test_an_id_that_is_taken_is_refused(
+def test_an_id_is_the_engines_once(
     monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
-    """Only where ids are not randomised, since they cannot repeat elsewhere."""
-    asked: list[str] = []
-
-    async def add_request(self: Any, request_id: str, prompt: Any) -> None:
-        asked.append(request_id)
-
-    monkeypatch.setattr(AsyncLLM, "add_request", add_request)
-    repeated_ids.install()
+    """And the client's always."""
     monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", str(int(plain)))
-    client: Any = Mock(output_processor=Mock(external_req_ids={"a": ["a"]}))
-    asyncio.run(AsyncLLM.add_request(client, "b", "prompt"))
-    if plain:
-        with pytest.raises(VLLMValidationError, match="'a' is taken"):
-            asyncio.run(AsyncLLM.add_request(client, "a", "prompt"))
-    else:
-        asyncio.run(AsyncLLM.add_request(client, "a", "prompt"))
-    assert asked == (["b"] if plain else ["b", "a"])
+    repeated_ids.share(1)
+    first, again, other = (given_id(name) for name in ("again", "again", "other"))
+    assert len({first, again, other}) == 3
+    assert ((first, other) == ("again", "other")) == plain
+    assert again.startswith("again-")
+    # Another front end may have had it.
+    repeated_ids.share(2)
+    assert given_id("new").startswith("new-")
+    repeated_ids.share(1)
+
+
+def test_an_id_that_was_used_long_ago_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    monkeypatch.setattr(repeated_ids, "_REMEMBERED", 2)
+    monkeypatch.setattr(repeated_ids, "_used", {})
+    assert [given_id(name) for name in "abca"] == list("abca")
+    assert given_id("c") != "c"
+
+
+def given_id(name: str) -> str:
+    request = InputProcessor(engine_config()).process_inputs(
+        name, {"prompt_token_ids": [7]}, SamplingParams(max_tokens=4), ("generate",)
+    )
+    InputProcessor.assign_request_id(request)
+    assert request.external_req_id == name
+    return request.request_id
 
 
 def test_the_batch_runner_calls_run_request_for_each_line(

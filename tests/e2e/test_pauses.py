@@ -174,26 +174,20 @@ def test_requests_are_aborted(server: Server, call: str) -> None:
 
 
 def test_the_same_id_again_after_hanging_up(server: Server) -> None:
-    """Each retry is answered, with its own budget, or refused; the engine lives."""
-    answered = 0
+    """Each retry is answered, with its own budget."""
     for attempt in range(6):
         name = f"job-{attempt % 2}"
         with pytest.raises(httpx.ReadTimeout):
             ask(server, name, 128, timeout=0.15 + 0.2 * attempt)
         budget = (128, 512)[attempt % 3 > 0]
         reply = ask(server, name, budget)
-        if reply.status_code == 400:
-            assert name in reply.json()["error"]["message"]
-            continue
         assert reply.status_code == 200, reply.text
         assert reply.json()["usage"]["kv_cache"]["kept_tokens"] == KEPT[budget]
-        answered += 1
-    assert answered
     assert_whole(server)
 
 
-def test_an_id_that_is_taken_is_refused(server: Server) -> None:
-    """The request that has it goes on."""
+def test_an_id_that_another_request_has(server: Server) -> None:
+    """Both go on, as where ids are random."""
     first = Asked(server, prompt=LONG.text, kv_budget=128, request_id="twin")
     deadline = time.monotonic() + 60
     while not stats(server)["requests"]:
@@ -201,11 +195,10 @@ def test_an_id_that_is_taken_is_refused(server: Server) -> None:
         time.sleep(0.005)
     for more in ({}, {"stream": True}, {"n": 2, "temperature": 1}):
         reply = server.post(
-            "/v1/completions", prompt="the sky", request_id="twin", **more
+            "/v1/completions", prompt="the sky", request_id="twin", max_tokens=2, **more
         )
-        # vLLM adds a streamed request once its reply has begun.
-        assert reply.status_code == (200 if "stream" in more else 400), reply.text
-        assert '"param":"request_id"' in reply.text.replace(" ", "")
+        assert reply.status_code == 200, reply.text
+        assert "error" not in reply.text
     assert first.result()["text"].split()[:4] == LONG.answer_words
     assert_whole(server)
 

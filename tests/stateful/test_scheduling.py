@@ -209,14 +209,24 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self._loading())
     @rule(pick=st.integers(0, 1000), budget=st.one_of(st.none(), st.just(MINIMUM)))
+    def retry_while_its_prompt_is_pruned(self, pick: int, budget: int | None) -> None:
+        self._retry(self._loading(), pick, budget)
+
+    @precondition(lambda self: self.arrived)
+    @rule(pick=st.integers(0, 1000), budget=st.one_of(st.none(), st.just(MINIMUM)))
     def retry_under_the_same_name(self, pick: int, budget: int | None) -> None:
-        """A client hangs up while its prompt is pruned and asks at once again."""
-        loading = self._loading()
-        name = loading[pick % len(loading)]
-        self._abort(name)
+        """Whatever became of the first; steps that hold it may be in flight."""
+        self._retry(self.arrived, pick, budget)
+
+    def _retry(self, names: list[str], pick: int, budget: int | None) -> None:
+        """A client hangs up, if its request has not ended, and asks at once again."""
+        name = names[pick % len(names)]
+        if name in self._live():
+            self._abort(name)
         # What it was before is forgotten; nothing of it may show in the new answer.
         self.arrived.remove(name)
-        self.aborted.remove(name)
+        self.aborted.discard(name)
+        self.ended.pop(name, None)
         self.worker.forget(name)
         self._arrive(
             name, pick % len(FAMILIES), self.pool_tokens // 2, budget, 9, False

@@ -1,41 +1,52 @@
-"""Refusing a request whose id another one of this front end has right now.
+"""A request id that is used again gets vLLM's random suffix inside the engine.
 
-With random suffixes, vLLM's default, ids never repeat. Without them
-(``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION``) vLLM takes the second request for more
-input of the first, and its engine ends with "duplicate request id". A client that
-hangs up and asks again under the same id may be that fast.
+By default every id gets one. Without them (``VLLM_DISABLE_REQUEST_ID_RANDOMIZATION``)
+vLLM takes a second request for more input of the first, and its engine ends with
+"duplicate request id"; where the first was hung up, tokens that were on their way to it
+reach the second. So an id goes in as it is once.
 
-Touch point: wraps ``AsyncLLM.add_request``.
+Touch point: wraps ``InputProcessor.assign_request_id``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import vllm.envs as envs
-
-from asl_vllm.engine.frontend.admission import refuse
 from asl_vllm.engine.patching import wrap_method
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+
+_REMEMBERED = 100_000
+"""Ids; so many requests later nothing of the first one is left."""
+
+_used: dict[str, None] = {}
+_others = False
+
+
+def share(num_api_processes: int) -> None:
+    """How many front ends one engine has: with others no id is known to be new."""
+    global _others
+    _others = num_api_processes > 1
 
 
 def install() -> None:
     """Wraps the touch point; idempotent. For front ends with a policy only."""
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.utils import random_uuid
+    from vllm.v1.engine.input_processor import InputProcessor
 
     def wrap(original: Any) -> Any:
-        async def add_request(
-            self: Any, request_id: str, *args: Any, **kwargs: Any
-        ) -> Any:
-            live = self.output_processor.external_req_ids
-            if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION and request_id in live:
-                raise refuse(
-                    f"request id {request_id!r} is taken by a request that has not "
-                    "ended. Send another X-Request-Id, or wait.",
-                    request_id,
-                    "request_id",
-                )
-            return await original(self, request_id, *args, **kwargs)
+        def assign_request_id(request: EngineCoreRequest) -> None:
+            original(request)
+            name = request.request_id
+            if name != request.external_req_id:
+                return
+            if _others or name in _used:
+                request.request_id = f"{name}-{random_uuid():.8}"
+            _used[name] = None
+            if len(_used) > _REMEMBERED:
+                del _used[next(iter(_used))]
 
-        return add_request
+        return assign_request_id
 
-    wrap_method(AsyncLLM, "add_request", ("self", "request_id", "prompt"), wrap)
+    wrap_method(InputProcessor, "assign_request_id", ("request",), wrap)

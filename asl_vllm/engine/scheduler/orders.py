@@ -25,6 +25,7 @@ from asl_vllm.engine.scheduler.blocks import (
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
+from asl_vllm.engine.scheduler.stale_outputs import StaleOutputs
 from asl_vllm.engine.scheduler.twins import Twins
 from asl_vllm.engine.settings import settings_of
 from asl_vllm.prefill import PrefillJob, PrefillProgress, PrefillReport
@@ -55,6 +56,7 @@ class SchedulerSide:
         self._reports: dict[str, PrefillReport] = {}
         self._progress: dict[str, PrefillProgress] = {}
         self.tally = PruningTally()
+        self.stale_outputs = StaleOutputs()
         self._in_flight: dict[str, int] = {}
         self._dropped: set[str] = set()
         self._new_drops: set[str] = set()
@@ -96,6 +98,7 @@ class SchedulerSide:
     def on_new_request(self, request: Request) -> None:
         """Takes a request's plan; one that will be pruned leaves the prefix cache."""
         self._idle_check.begin(request.request_id)
+        self.stale_outputs.begin(request)
         plan = plan_of(request.sampling_params)
         if plan is None:
             return
@@ -260,6 +263,7 @@ class SchedulerSide:
     def on_finished(self, request: Request) -> dict[str, Any] | None:
         """Forgets a request and returns the part of its reply that is ours."""
         self._idle_check.end(request.request_id)
+        self.stale_outputs.end(request)
         plan = self._plans.pop(request.request_id, None)
         report = self._reports.pop(request.request_id, None)
         self._untold.discard(request.request_id)

@@ -22,8 +22,10 @@ def install() -> None:
         def update_from_output(
             self: Scheduler, scheduler_output: Any, model_runner_output: Any
         ) -> Any:
-            outputs = original(self, scheduler_output, model_runner_output)
             side = getattr(self.connector, "scheduler_side", None)
+            if side is not None:
+                side.stale_outputs.arrive(scheduler_output.num_scheduled_tokens)
+            outputs = original(self, scheduler_output, model_runner_output)
             if side is not None:
                 for of_client in outputs.values():
                     side.tell(of_client.outputs)
