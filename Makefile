@@ -11,7 +11,7 @@ MAKEFLAGS += --jobs=2  # suite and beside
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-chat test style suite beside weights fuzz soak audit bench format lint clean
+.PHONY: help setup demo demo-chat test style suite beside weights weights-gemma fuzz soak audit bench format lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ beside: style
 
 weights: setup ## Fetch a real model of 135M parameters for the tests (needs the network)
 	@$(BIN)/python -m asl_vllm_testing.real_model
+
+weights-gemma: setup ## Fetch Gemma 3 270M too, for tests of sliding windows (238 MB)
+	@$(BIN)/python -m asl_vllm_testing.real_model gemma-3-270m
 
 bench: setup ## Measure side by side with stock vLLM (one to two hours on two cores)
 	$(BIN)/python -m benchmarks

