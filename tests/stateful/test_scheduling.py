@@ -84,6 +84,8 @@ class Machine(RuleBasedStateMachine):
         self.answers: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.aborted: set[str] = set()
+        self.with_twins: set[str] = set()
+        """Requests that had a twin at any time."""
         self.preemptions = 0
         self.reused = 0
         self.shared = 0
@@ -129,6 +131,10 @@ class Machine(RuleBasedStateMachine):
         fails = fails and pruned > 0 and not self._twins(prompt, pruned)
         script = Script(name, prompt, max_tokens, pruned, fails)
         self.worker.scripts[name] = script
+        twins = {one.name for one in self._twins(*script.pruned_prompt)}
+        self.with_twins.discard(name)
+        if len(twins) > 1:
+            self.with_twins |= twins
         self.arrived.append(name)
         self.answers[name] = []
         self.scheduler.add_request(request)
@@ -329,11 +335,7 @@ class Machine(RuleBasedStateMachine):
 
         One that has a twin may wait for it, or begin when that comes to nothing.
         """
-        alone = {
-            name
-            for name in self.arrived
-            if len(self._twins(*self.worker.scripts[name].pruned_prompt)) == 1
-        }
+        alone = set(self.arrived) - self.with_twins
         first = [n for n in dict.fromkeys(self.worker.admitted) if n in alone]
         assert first == sorted(first, key=self.arrived.index)
         started = set(first)
