@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     not real_model.is_cached(real_model.GEMMA3),
     reason="Gemma 3 270M is not there; `make weights-gemma` fetches it",
 )
+FOLDER = real_model.cache_folder(real_model.GEMMA3)
 LAYERS = 18
 RULE: dict[str, Any] = {"window": 32, "pool_kernel": 7, "selection_layer": 5}
 """The layer is the first that sees all tokens."""
@@ -37,14 +38,16 @@ FILLER = (
     "Birds sing in the trees.",
     "The road is long.",
 )
-NEEDLES = ((1000, "Oslo", "mango", 0.2), (2000, "Cairo", "cherry", 0.3))
+NEEDLES = (
+    (1000, "Oslo", "mango", 0.2),
+    (2000, "Cairo", "cherry", 0.3),
+    (4000, "Paris", "banana", 0.4),
+)
 
 
 def prompt(tokens: int, city: str, fruit: str, place: float) -> list[int]:
     """About so many tokens; the needle lies outside the windows of the last of them."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        real_model.cache_folder(real_model.GEMMA3)
-    )
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     rng = random.Random(tokens)
     lines = [rng.choice(FILLER) for _ in range(tokens // 6)]
     lines.insert(int(len(lines) * place), f"The secret fruit of {city} is the {fruit}.")
@@ -60,16 +63,15 @@ def answers(host: Engine, ids: list[int], **asked: Any) -> Any:
 @pytest.fixture(scope="module")
 def stock() -> list[list[int]]:
     """vLLM's own answers, without asl_vllm."""
-    with engine(real_model.cache_folder(real_model.GEMMA3), **SIZES) as host:
+    with engine(FOLDER, **SIZES) as host:
         outputs = [answers(host, prompt(*needle)) for needle in NEEDLES]
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="module")
 def gemma(stock: list[list[int]]) -> Iterator[Engine]:
-    folder = real_model.cache_folder(real_model.GEMMA3)
     policy = {"policy": "asl", "reuse": "none", **RULE}
-    with engine(folder, policy=policy, **SIZES) as host:
+    with engine(FOLDER, policy=policy, **SIZES) as host:
         yield host
 
 
