@@ -41,7 +41,7 @@ SHALLOW_MODES: tuple[str, ...] = ("snapkv", "full")
 HIDDEN_MEMORY: tuple[str, ...] = ("device", "host")
 """Where the hidden states of a prompt may live while it is prefilled."""
 
-REUSE_MODES: tuple[str, ...] = ("read", "none")
+REUSE_MODES: tuple[str, ...] = ("read", "fill", "none")
 """Values of ``kv_reuse``: what a pruned prompt takes from the prefix cache."""
 
 CONFIG_KEY = "asl_vllm"
@@ -127,8 +127,9 @@ class AslConfig:
     ``host``, in pinned memory, copies each row twice a layer."""
     reuse: str = "read"
     """Default ``kv_reuse`` of requests that name none, one of `REUSE_MODES`: ``read``
-    takes a prompt's prefix from vLLM's prefix cache where it is there. Without prefix
-    caching, or with a quantised KV cache, it is ``none``."""
+    takes a prompt's prefix from vLLM's prefix cache where it is there; ``fill`` has an
+    ordinary prefill put it there first where it is not. Without prefix caching, or with
+    a quantised KV cache, it is ``none``."""
     chunk_tokens: int | None = None
     """Tokens of a prefill pass; None: ``max_num_batched_tokens``, or less where
     ``pass_share`` asks for it."""

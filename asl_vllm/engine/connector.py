@@ -81,6 +81,8 @@ class AslConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         if num_external_tokens:
             self.scheduler_side.on_allocated(request, blocks)
+        else:
+            self.scheduler_side.fills.on_allocated(request)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepOrders:
         return self.scheduler_side.orders(scheduler_output.total_num_scheduled_tokens)

@@ -29,6 +29,8 @@ class PromptResult:
     reused_tokens: int
     reused_token_layers: int
     rerun_token_layers: int
+    filled_tokens: int
+    """Of the reused ones, those that an ordinary prefill computed for it first."""
     shared_prefills: int
     """Sequences that took over another's prefill."""
 
@@ -54,6 +56,7 @@ def prompt_result(plan: PrunePlan, report: PrefillReport | None) -> PromptResult
         reused_tokens=report.reused_tokens if report else 0,
         reused_token_layers=report.reused_token_layers if report else 0,
         rerun_token_layers=report.rerun_token_layers if report else 0,
+        filled_tokens=report.filled_tokens if report else 0,
         shared_prefills=int(report.shared) if report else 0,
     )
 

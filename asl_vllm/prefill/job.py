@@ -114,6 +114,9 @@ class PrefillReport:
     reused_tokens: int = 0
     reused_token_layers: int = 0
     rerun_token_layers: int = 0
+    filled_tokens: int = 0
+    """Of the reused ones, those that were computed for this prompt before, by an
+    ordinary prefill; set by who asked for that."""
     shared: bool = False
     """Another request's prefill, of the same prompt: nothing was computed for this."""
 
@@ -127,5 +130,6 @@ class PrefillReport:
             reused_tokens=num_tokens,
             reused_token_layers=self.reused_token_layers + taken,
             rerun_token_layers=0,
+            filled_tokens=0,
             shared=True,
         )

@@ -243,6 +243,10 @@ class PretendWorker:
     def _update_rows(self, step: SchedulerOutput) -> None:
         self._computed: dict[str, int] = {}
         for new in step.scheduled_new_reqs:
+            if new.req_id not in self.scripts:
+                # Nobody's: it fills the prefix cache for a pruned one.
+                prompt = list(new.prompt_token_ids or ())
+                self.scripts[new.req_id] = Script(new.req_id, prompt, 1)
             self._rows[new.req_id] = [list(row) for row in new.block_ids]
             self._computed[new.req_id] = new.num_computed_tokens
         cached = step.scheduled_cached_reqs

@@ -91,6 +91,7 @@ def test_once_loaded_the_last_prompt_token_is_an_ordinary_step(host: Host) -> No
         "reused_tokens": 0,
         "reused_token_layers": 0,
         "rerun_token_layers": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
     assert host.free == start
@@ -416,6 +417,7 @@ def test_what_happened_is_counted(host: Host) -> None:
         "reused": 0,
         "rerun": 0,
         "reused_tokens": 0,
+        "filled_tokens": 0,
     }
     assert set(total.data["ended"]["asl"]) == set(OUTCOMES)
 

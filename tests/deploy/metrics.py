@@ -15,6 +15,7 @@ OURS = {
     "vllm:asl_pruned_tokens": "counter",
     "vllm:asl_freed_blocks": "counter",
     "vllm:asl_reused_tokens": "counter",
+    "vllm:asl_filled_tokens": "counter",
     "vllm:asl_reuse_requests": "counter",
     "vllm:asl_pinned_blocks": "gauge",
     "vllm:asl_token_layers": "counter",

@@ -117,6 +117,7 @@ def test_several_prompts_and_choices(pruning: Server, stream: bool) -> None:
         "reused_tokens": 0,
         "reused_token_layers": 0,
         "rerun_token_layers": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
     sequences = [short, short, REPORT, REPORT, other, other]

@@ -145,6 +145,7 @@ def result(**report: Any) -> dict[str, Any]:
         "reused_tokens": 0,
         "reused_token_layers": 0,
         "rerun_token_layers": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
         **report,
     }

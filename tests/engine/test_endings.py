@@ -20,7 +20,7 @@ TOLD = {
     **{"policy": "asl", "selection_layer": 3, "budget_tokens": 64},
     **{"kept_tokens": 40, "pruned_tokens": 160, "freed_blocks": 5},
     **{"skipped_token_layers": 960, "reused_tokens": 0},
-    **{"reused_token_layers": 0, "rerun_token_layers": 0},
+    **{"reused_token_layers": 0, "rerun_token_layers": 0, "filled_tokens": 0},
     "shared_prefills": 0,
 }
 

@@ -30,7 +30,7 @@ BAD: dict[str, list[Any]] = {
     "kv_budget": [0, 47, -1, 1.5, True, "64", [64], {}, float("nan")],
     "kv_policy": ["", "h2o", "ASL", " asl", "base", 0, 1, True, 0.5, ["asl"], {}],
     "kv_shallow": ["", "FULL", "asl", 0, 1, True, ["full"], {}],
-    "kv_reuse": ["", "READ", "fill", 0, 1, True, ["read"], {}],
+    "kv_reuse": ["", "READ", "write", 0, 1, True, ["read"], {}],
 }
 ASKED = [(name, value) for name, values in BAD.items() for value in values]
 

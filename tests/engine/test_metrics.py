@@ -51,6 +51,7 @@ def test_a_prompt_counts_once_and_its_prefills_each() -> None:
         "reused": 0,
         "rerun": 0,
         "reused_tokens": 0,
+        "filled_tokens": 0,
         "selection_layer": [3],
         "kept_tokens": [100, 60],
         "prefill_seconds": [0.5, 0.5, 0.25],

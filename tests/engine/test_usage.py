@@ -36,6 +36,7 @@ def told(layer: int | None = 3, kept: int = 100, pruned: int = 64) -> dict[str, 
         "reused_tokens": 0,
         "reused_token_layers": 0,
         "rerun_token_layers": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
 

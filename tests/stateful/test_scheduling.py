@@ -89,6 +89,8 @@ class Machine(RuleBasedStateMachine):
         self.preemptions = 0
         self.reused = 0
         self.shared = 0
+        self.filling: set[str] = set()
+        self.filled = 0
 
     # What can happen.
 
@@ -98,6 +100,7 @@ class Machine(RuleBasedStateMachine):
         budget=st.one_of(st.none(), st.integers(MINIMUM, 200)),
         max_tokens=st.integers(1, 70),
         fails=st.booleans(),
+        reuse=st.sampled_from(["read", "fill"]),
     )
     def arrive(
         self,
@@ -106,10 +109,12 @@ class Machine(RuleBasedStateMachine):
         budget: int | None,
         max_tokens: int,
         fails: bool,
+        reuse: str = "read",
     ) -> None:
         if budget is None:
             length = min(length, self.pool_tokens - max_tokens)
-        self._arrive(f"r{self._count}", family, length, budget, max_tokens, fails)
+        name = f"r{self._count}"
+        self._arrive(name, family, length, budget, max_tokens, fails, reuse)
 
     def _arrive(
         self,
@@ -119,9 +124,10 @@ class Machine(RuleBasedStateMachine):
         budget: int | None,
         max_tokens: int,
         fails: bool,
+        reuse: str = "read",
     ) -> None:
         prompt = FAMILIES[family][:length]
-        given = {} if budget is None else {"kv_budget": budget}
+        given = {} if budget is None else {"kv_budget": budget, "kv_reuse": reuse}
         request, plan = planned_request(
             self.settings, name, prompt, given, max_tokens=max_tokens, ignore_eos=True
         )
@@ -136,6 +142,8 @@ class Machine(RuleBasedStateMachine):
         if len(twins) > 1:
             self.with_twins |= twins
         self.arrived.append(name)
+        if reuse == "fill":
+            self.filling.add(name)
         self.answers[name] = []
         self.scheduler.add_request(request)
 
@@ -333,9 +341,10 @@ class Machine(RuleBasedStateMachine):
     def _check_order(self) -> None:
         """Pruned prompts start first come, first served; the preempted come again.
 
-        One that has a twin may wait for it, or begin when that comes to nothing.
+        One that has a twin may wait for it, or begin when that comes to nothing; one
+        whose prefix is filled waits for that.
         """
-        alone = set(self.arrived) - self.with_twins
+        alone = set(self.arrived) - self.with_twins - self.filling
         first = [n for n in dict.fromkeys(self.worker.admitted) if n in alone]
         assert first == sorted(first, key=self.arrived.index)
         started = set(first)
@@ -353,6 +362,7 @@ class Machine(RuleBasedStateMachine):
             assert report["freed_blocks"] == pruned // BLOCK
             self.reused += report["reused_tokens"] > 0
             self.shared += report["shared_prefills"]
+            self.filled += report["filled_tokens"] > 0
 
     def teardown(self) -> None:
         for _ in range(STEPS_TO_END):
@@ -376,6 +386,7 @@ class Machine(RuleBasedStateMachine):
         SEEN.append(self.preemptions)
         REUSED.append(self.reused)
         SHARED.append(self.shared)
+        FILLED.append(self.filled)
 
 
 SEEN: list[int] = []
@@ -384,6 +395,8 @@ REUSED: list[int] = []
 """Requests that read a prefix, by example; the test below wants some."""
 SHARED: list[int] = []
 """Requests that took a twin's prefill over, likewise."""
+FILLED: list[int] = []
+"""Requests whose prefix an ordinary request computed first, likewise."""
 
 
 class AsyncMachine(Machine):
@@ -406,6 +419,7 @@ def test_nothing_is_lost_shared_or_stuck(
     SEEN.clear()
     REUSED.clear()
     SHARED.clear()
+    FILLED.clear()
     # Thousands of injected errors, each with a traceback.
     caplog.set_level(logging.CRITICAL, logger="asl_vllm.prefill.queue")
     examples = settings().max_examples // machine.fewer
@@ -414,3 +428,4 @@ def test_nothing_is_lost_shared_or_stuck(
     reads = machine.sliding_window is None
     assert any(REUSED) == reads, "no prompt found a prefix, or one by mistake"
     assert any(SHARED) == reads, "no prompt was a twin's, or one by mistake"
+    assert any(FILLED) == reads, "no prefix was filled, or one by mistake"

@@ -115,9 +115,10 @@ FIELDS: tuple[RequestField, ...] = (
     RequestField(
         REUSE_FIELD,
         "What a pruned prompt takes from the server's prefix cache: read, the longest "
-        "prefix that is there, which is not computed again; none, nothing. null: the "
-        "server's default, which is read where prefix caching is on. Without a budget "
-        "it has no effect.",
+        "prefix that is there, which is not computed again; fill, the same, and what "
+        "is not there is put there first, by an ordinary prefill; none, nothing. null: "
+        "the server's default, which is read where prefix caching is on. Without a "
+        "budget it has no effect.",
         {
             "anyOf": [
                 {"type": "string", "enum": list(REUSE_MODES)},

@@ -18,6 +18,7 @@ from vllm.utils.math_utils import cdiv
 from asl_vllm.engine.plan import PrunePlan
 from asl_vllm.engine.scheduler.blocks import PrunedBlocksManager
 from asl_vllm.engine.settings import Settings
+from asl_vllm.prefill import PrefillReport
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -49,7 +50,7 @@ class PrefixLookup:
 
     def may_read(self, plan: PrunePlan) -> bool:
         """Whether a request wants what others computed, and this server has it."""
-        return plan.reuse == "read" and self._settings.reads_prefixes
+        return plan.reuse in ("read", "fill") and self._settings.reads_prefixes
 
     def offer(self, request: Request, plan: PrunePlan) -> None:
         """Offers the longest cached prefix to the block managers, be it none."""
@@ -57,15 +58,40 @@ class PrefixLookup:
         for manager, blocks in zip(self._managers, hits, strict=True):
             manager.offer(request.request_id, blocks)
 
-    def outcome(self, plan: PrunePlan, reused_tokens: int) -> str:
+    def outcome(self, plan: PrunePlan, report: PrefillReport) -> str:
         """What a prefill found, one of `asl_vllm.engine.scheduler.metrics.REUSE`."""
         if not self.may_read(plan):
             return "none"
-        if not reused_tokens:
+        if report.filled_tokens:
+            return "filled"
+        if not report.reused_tokens:
             return "miss"
         most = self._readable_tokens(plan) // self._settings.block_size
-        whole = reused_tokens == most * self._settings.block_size
+        whole = report.reused_tokens == most * self._settings.block_size
         return "hit" if whole else "partial"
+
+    def worth_filling(
+        self, request: Request, plan: PrunePlan, held_blocks: int
+    ) -> tuple[list[Any], int]:
+        """Hashes of all blocks that a request may read, if some are to be computed.
+
+        None where they do not fit into the pool beside the request's own. And the
+        blocks that are left of it now: what fills hold, ``held_blocks``, is soon free.
+        """
+        nothing: tuple[list[Any], int] = [], 0
+        size = self._settings.block_size
+        hashes = self._hashes.get(request.request_id, [])
+        hashes = hashes[: max(0, self._readable_tokens(plan)) // size]
+        if not hashes or len(hashes) + self._own_blocks(request, plan) > self._usable:
+            return nothing
+        found, tokens, _ = self._coordinator.find_longest_cache_hit(
+            hashes, len(hashes) * size
+        )
+        if tokens == len(hashes) * size:
+            return nothing
+        in_use = sum(block.ref_cnt > 0 for blocks in found for block in blocks)
+        room = self._pool.get_num_free_blocks() + held_blocks
+        return hashes, room - (len(hashes) * len(found) - in_use)
 
     def pinned_ids(self, request_id: str) -> list[list[int]]:
         """Ids of the blocks that were pinned for a request, a row for each manager."""
@@ -97,6 +123,10 @@ class PrefixLookup:
         """Leading tokens that may be read; the window's queries are computed."""
         return plan.num_prompt_tokens - self._settings.config.window
 
+    def _own_blocks(self, request: Request, plan: PrunePlan) -> int:
+        """Blocks of a band that its row takes while it is prefilled."""
+        return cdiv(request.num_tokens, self._settings.block_size) - plan.absent_blocks
+
     def _longest(self, request: Request, plan: PrunePlan) -> list[list[Any]]:
         """Of each manager. Free of effects, since the request may have to wait."""
         nothing: list[list[Any]] = [[] for _ in self._managers]
@@ -104,7 +134,7 @@ class PrefixLookup:
         if not hashes:
             return nothing
         size = self._settings.block_size
-        own = cdiv(request.num_tokens, size) - plan.absent_blocks
+        own = self._own_blocks(request, plan)
         # In an empty pool the hit fits beside the request's own blocks, or it would
         # wait for ever.
         longest = min(self._readable_tokens(plan), (self._usable - own) * size)

@@ -25,12 +25,14 @@ from asl_vllm.prefill import PrefillReport
 OUTCOMES = ("pruned", "unpruned", "failed", "aborted")
 """How a request with a budget may end."""
 
-REUSE = ("hit", "partial", "miss", "none", "shared")
+REUSE = ("hit", "partial", "miss", "none", "filled", "shared")
 """What a prompt found in the prefix cache: all that it may read, some of it, nothing;
-``none``: it did not look; ``shared``: another one's prefill was its own."""
+``none``: it did not look; ``filled``: what an ordinary prefill put there for it;
+``shared``: another one's prefill was its own."""
 
 _KINDS = ("computed", "skipped", "reused", "rerun")
-_COUNTS = ("pruned_tokens", "freed_blocks", "reused_tokens", *_KINDS)
+_TOTALS = ("pruned_tokens", "freed_blocks", "reused_tokens", "filled_tokens")
+_COUNTS = (*_TOTALS, *_KINDS)
 _SAMPLES = ("selection_layer", "kept_tokens", "prefill_seconds")
 
 
@@ -91,6 +93,7 @@ class PruningStats(KVConnectorStats):
         held = plan.in_force(report)
         self.data["pruned_tokens"] += held.pruned_tokens
         self.data["freed_blocks"] += plan.freed_blocks(report)
+        self.data["filled_tokens"] += report.filled_tokens
         self.data["kept_tokens"].append(held.kept_tokens)
         if report.selection_layer is not None:
             self.data["selection_layer"].append(report.selection_layer)
@@ -214,10 +217,17 @@ class PruningPromMetrics(KVConnectorPromMetrics):
                     (),
                 ),
                 (
+                    "filled_tokens",
+                    "Of these, tokens that an ordinary prefill computed for the pruned "
+                    "one first.",
+                    (),
+                ),
+                (
                     "reuse_requests",
                     "Pruned prompts by what they found in the prefix cache: all that "
-                    "they may read (hit), partial, miss; none did not look; shared "
-                    "took over the prefill of another with the same prompt.",
+                    "they may read (hit), partial, miss; none did not look; filled "
+                    "had it computed by an ordinary prefill first; shared took over "
+                    "the prefill of another with the same prompt.",
                     ("result",),
                 ),
                 ("freed_blocks", "KV blocks that pruned prompts did without.", ()),
@@ -245,7 +255,7 @@ class PruningPromMetrics(KVConnectorPromMetrics):
         for name, histogram in self._histograms.items():
             for value in data[name]:
                 histogram.labels(*labels).observe(value)
-        for name in ("pruned_tokens", "freed_blocks", "reused_tokens"):
+        for name in _TOTALS:
             self._counters[name].labels(*labels).inc(data[name])
         for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind).inc(data[kind])
@@ -261,7 +271,7 @@ class PruningPromMetrics(KVConnectorPromMetrics):
         """Series exist before the first event, so that rates start at zero."""
         for histogram in self._histograms.values():
             histogram.labels(*labels)
-        for name in ("pruned_tokens", "freed_blocks", "reused_tokens"):
+        for name in _TOTALS:
             self._counters[name].labels(*labels)
         for kind in _KINDS:
             self._counters["token_layers"].labels(*labels, kind)

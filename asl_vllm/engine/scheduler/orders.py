@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from asl_vllm.engine.scheduler.blocks import (
     WindowBlocksManager,
     held_blocks,
 )
+from asl_vllm.engine.scheduler.fills import Fills
 from asl_vllm.engine.scheduler.integrity import IdleCheck
 from asl_vllm.engine.scheduler.lookup import PrefixLookup
 from asl_vllm.engine.scheduler.metrics import PruningTally
@@ -64,6 +65,7 @@ class SchedulerSide:
         self._untold: set[str] = set()
         self._twins = Twins(self.is_loading, self._is_whole)
         self._sharing: dict[str, str] = {}
+        self.fills = Fills()
         self._turned_away = False
         self.paused = False
 
@@ -114,9 +116,10 @@ class SchedulerSide:
         """(N-1, True) for a pruned request, (0, False) for any other.
 
         (N-1, False) where a twin has them: the request runs in this very step.
-        (None, False) while a twin is prefilled. And while enough prompts hold blocks,
-        or a dropped job of its name is not reported yet; then none of the requests
-        behind it is admitted in this step either, so that the order stays.
+        (None, False) while a twin is prefilled, or the prefix by an ordinary request.
+        And while enough prompts hold blocks, or a dropped job of its name is not
+        reported yet; then none of the pruned requests behind it is admitted in this
+        step either, so that the order stays.
         """
         plan = self._plans.get(request.request_id)
         if plan is None or not plan.pruned_blocks:
@@ -133,6 +136,8 @@ class SchedulerSide:
             for manager in self._managers:
                 manager.offer_twin(request_id, twin, plan.num_prompt_tokens - 1)
             return plan.num_prompt_tokens - 1, False
+        if self._waits_for_fill(request, plan):
+            return None, False
         busy = sum(self._in_flight.values()) >= _STEPS_AHEAD * self._step_tokens
         if busy or self._turned_away or request_id in self._dropped:
             self._turned_away = True
@@ -143,10 +148,34 @@ class SchedulerSide:
         self.prefixes.offer(request, plan)
         return plan.num_prompt_tokens - 1, True
 
+    def _waits_for_fill(self, request: Request, plan: PrunePlan) -> bool:
+        """Whether an ordinary request puts the prefix into the cache first.
+
+        Or will: not more prefixes at once than there is room for, or one would take
+        another's place before that is read.
+        """
+        if plan.reuse != "fill" or not self.prefixes.may_read(plan):
+            return False
+        if self.fills.asked(request.request_id):
+            return self.fills.waits(request.request_id)
+        held = sum(
+            held_blocks(manager, name)
+            for manager in self._managers
+            for name in self.fills.names
+        )
+        hashes, left = self.prefixes.worth_filling(request, plan, held)
+        shared = self.fills.has(hashes)
+        if not hashes or (left < 0 and not shared):
+            return False
+        if shared or left >= self.fills.promised_blocks * len(self._managers):
+            self.fills.ask(request, hashes, len(hashes) * plan.block_size)
+        return True
+
     def on_allocated(self, request: Request, blocks: KVCacheBlocks) -> None:
         """Makes the job of a request that just got its blocks, unless a twin has it."""
         plan = self._plans[request.request_id]
         self._twins.holds(request.request_id)
+        self.fills.serve(request.request_id)
         if twin := self._sharing.pop(request.request_id, None):
             self._on_shared(request, plan, self._reports[twin])
             return
@@ -166,8 +195,9 @@ class SchedulerSide:
         read = len(reused[0]) * plan.block_size if reused else 0
         if request.prefill_stats is not None:
             # To vLLM all but the last token came from outside; to clients, what did not
-            # have to be computed came from its cache.
-            request.prefill_stats.set(plan.num_prompt_tokens, read, 0)
+            # have to be computed for them came from its cache.
+            found = read - min(read, self.fills.filled_tokens(request.request_id))
+            request.prefill_stats.set(plan.num_prompt_tokens, found, 0)
         self._in_flight[request.request_id] = _computed_at_most(plan, read)
         self._new_jobs.append(
             PrefillJob(
@@ -191,10 +221,10 @@ class SchedulerSide:
         if request.prefill_stats is not None:
             request.prefill_stats.set(plan.num_prompt_tokens, tokens, 0)
         again = request.request_id in self._reports
-        self._reports[request.request_id] = report.as_shared(tokens)
+        own = self._reports[request.request_id] = report.as_shared(tokens)
         self._untold.add(request.request_id)
         if not again:
-            self.tally.shared(plan, report)
+            self.tally.shared(plan, own)
 
     def _is_whole(self, request_id: str) -> bool:
         """Whether a request's pruned prompt is in the blocks that it holds."""
@@ -226,7 +256,10 @@ class SchedulerSide:
                     continue
                 if plan := self._plans.get(request_id):
                     again = request_id in self._reports
-                    reuse = self.prefixes.outcome(plan, report.reused_tokens)
+                    filled = self.fills.filled_tokens(request_id)
+                    filled = min(filled, report.reused_tokens)
+                    report = replace(report, filled_tokens=filled)
+                    reuse = self.prefixes.outcome(plan, report)
                     self.tally.prefilled(plan, report, reuse, again=again)
                     self._reports[request_id] = report
                     self._untold.add(request_id)
@@ -270,6 +303,7 @@ class SchedulerSide:
         self.on_taken_back(request.request_id)
         self.prefixes.forget(request.request_id)
         self._twins.forget(request.request_id)
+        self.fills.forget(request.request_id)
         self._sharing.pop(request.request_id, None)
         for manager in self._managers:
             manager.forget(request.request_id)

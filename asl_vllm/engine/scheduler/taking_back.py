@@ -43,7 +43,11 @@ def install() -> None:
                 names = self.requests if request_ids is None else request_ids
                 # What vLLM takes for loaded is freed, and forgotten, at once.
                 self.finished_recving_kv_req_ids.update(filter(side.is_loading, names))
-            return original(self, request_ids, finished_status)
+            ended = original(self, request_ids, finished_status)
+            if side:
+                ended = side.fills.for_clients(ended)
+                side.fills.settle(self)
+            return ended
 
         return finish_requests
 

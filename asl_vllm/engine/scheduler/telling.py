@@ -3,6 +3,8 @@
 vLLM tells a front end what a connector reports with the last output. A request that
 ends at a stop string has none: the front end finds the string and has the engine abort.
 
+Here a step is over, so fills begin and end here, and what they sample is told nobody.
+
 Touch point: wraps ``update_from_output`` of vLLM's `Scheduler`.
 """
 
@@ -29,6 +31,8 @@ def install() -> None:
             if side is not None:
                 for of_client in outputs.values():
                     side.tell(of_client.outputs)
+                    of_client.outputs = side.fills.for_clients(of_client.outputs)
+                side.fills.on_told(self)
             return outputs
 
         return update_from_output
