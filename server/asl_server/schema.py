@@ -82,6 +82,9 @@ class Totals(BaseModel):
     reused_tokens: int = Field(
         description="Prompt tokens that prefills read from the prefix cache."
     )
+    filled_tokens: int = Field(
+        description="Of these, tokens that an ordinary prefill put there first."
+    )
     shared_prefills: int = Field(
         description="Requests that took over another's prefill."
     )

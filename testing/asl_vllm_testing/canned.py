@@ -86,6 +86,7 @@ TOTALS = {
     "skipped_token_layers": 691421184,
     "computed_token_layers": 540934144,
     "reused_tokens": 9437184,
+    "filled_tokens": 4096,
     "shared_prefills": 96,
 }
 

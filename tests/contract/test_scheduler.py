@@ -441,6 +441,7 @@ def test_a_preempted_prompt_is_counted_once(host: Host) -> None:
         "skipped_token_layers": 4000,
         "computed_token_layers": 2000,
         "reused_tokens": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
 

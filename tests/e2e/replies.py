@@ -26,6 +26,7 @@ REPORT = {
     "reused_tokens": 0,
     "reused_token_layers": 0,
     "rerun_token_layers": 0,
+    "filled_tokens": 0,
     "shared_prefills": 0,
 }
 UNPRUNED = {
@@ -39,6 +40,7 @@ UNPRUNED = {
     "reused_tokens": 0,
     "reused_token_layers": 0,
     "rerun_token_layers": 0,
+    "filled_tokens": 0,
     "shared_prefills": 0,
 }
 HEADERS = {

@@ -109,6 +109,28 @@ def test_questions_at_once_are_answered_as_alone(
         assert _close(found, answer)
 
 
+@pytest.mark.parametrize("policy", ["asl", "snapkv"])
+def test_a_fill_leaves_the_prefix_for_others(host: Engine, policy: str) -> None:
+    """Answers are those of a prefix that a request without a budget left."""
+    host.llm.reset_prefix_cache()
+    pruned = {"budget": BUDGET, "policy": policy}
+    ask(host, DOCUMENT + OTHER)
+    read, cached = ask(host, DOCUMENT + QUESTION, **pruned)
+    assert cached == HIT
+    host.llm.reset_prefix_cache()
+    (reply,) = host.generate([DOCUMENT + QUESTION], logprobs=1, reuse="fill", **pruned)
+    filled, cached = _told(reply)
+    told = reply.kv_transfer_params
+    assert told["filled_tokens"] == told["reused_tokens"] >= HIT
+    assert (filled, cached) == (read, 0) or _close(filled, read)
+    # The prompt's own blocks up to its window, for anybody; not with another salt.
+    again, cached = ask(host, DOCUMENT + QUESTION, reuse="fill", **pruned)
+    assert cached == told["reused_tokens"]
+    assert _close(again, filled)
+    assert ask(host, DOCUMENT + OTHER)[1] >= HIT
+    assert ask(host, DOCUMENT + OTHER, salt="other")[1] == 0
+
+
 def _checksums(host: Engine) -> dict[int, str]:
     """Of what each block of the prefix cache holds in all layers."""
     layers = [attention.kv_cache for attention in host.factory.model._attentions]

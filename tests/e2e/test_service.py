@@ -297,6 +297,7 @@ def test_stats_follow_requests_through_the_layers(pruning: Server) -> None:
         "skipped_token_layers": report["skipped_token_layers"],
         "computed_token_layers": 3 * 3000 * LAYERS - report["skipped_token_layers"],
         "reused_tokens": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
 

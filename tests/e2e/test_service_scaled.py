@@ -107,6 +107,7 @@ def test_each_api_server_answers_for_all(clients: list[httpx.Client]) -> None:
             "skipped_token_layers": skipped,
             "computed_token_layers": computed,
             "reused_tokens": 0,
+            "filled_tokens": 0,
             "shared_prefills": 0,
         }
 

@@ -70,6 +70,7 @@ def test_totals_go_on_and_intervals_begin_anew() -> None:
         "skipped_token_layers": 600,
         "computed_token_layers": 1400,
         "reused_tokens": 0,
+        "filled_tokens": 0,
         "shared_prefills": 0,
     }
 

@@ -43,6 +43,7 @@ def test_pool_and_totals(page) -> None:
     # 691,421,184 of 1,232,355,328 token-layers
     expect(page.locator("#total-skipped")).to_have_text("56.1%")
     expect(page.locator("#total-reused")).to_have_text("9,437,184")
+    expect(page.locator("#total-filled")).to_have_text("4,096")
     expect(page.locator("#total-shared")).to_have_text("96")
 
 
@@ -195,7 +196,7 @@ def test_two_budgets_side_by_side(page, canned) -> None:
     expect(a).to_contain_text("A: server\N{RIGHT SINGLE QUOTATION MARK}s default")
     expect(a.locator(".answer")).to_have_text("7 3 9 1 .")
     facts = b.locator(".facts dd").all_inner_texts()
-    assert facts[1:] == ["2,008", "472", "48", "13", "27,648", "1,024", "asl"]
+    assert facts[1:] == ["2,008", "472", "48", "13", "27,648", "1,024", "0", "asl"]
     assert a.locator(".facts dd").nth(6).inner_text() == "0"
     assert re.fullmatch(r"\d\.\d\d s", facts[0])
     first, second = (json.loads(body) for body in canned.bodies)

@@ -33,7 +33,7 @@ class _Fill:
     """Who asked first: what is computed is computed for it."""
     waiting: set[str] = field(default_factory=set)
     """Who has not been given blocks yet: the prefix is to stay until then."""
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     """What it found itself."""
     ended: bool = False
 
@@ -81,7 +81,10 @@ class Fills:
     def on_allocated(self, request: Request) -> None:
         """A request that is not pruned got blocks; a fill has found what is cached."""
         fill = self._alive.get(request.request_id)
-        if fill is not None and request.prefill_stats is not None:
+        if fill is None or request.prefill_stats is None:
+            return
+        # After a preemption it finds its own.
+        if fill.cached_tokens is None:
             fill.cached_tokens = request.prefill_stats.num_cached_tokens
 
     def serve(self, request_id: str) -> None:
@@ -91,7 +94,7 @@ class Fills:
 
     @property
     def promised_blocks(self) -> int:
-        """Blocks, of a band, of all prefixes that somebody still waits for."""
+        """Blocks a manager of all prefixes that somebody still waits for."""
         fills = {id(fill): fill for fill in self._of.values() if fill.waiting}
         return sum(len(fill.request.block_hashes) for fill in fills.values())
 
@@ -120,7 +123,7 @@ class Fills:
         fill = self._of.get(request_id)
         if fill is None or not fill.ended or fill.owner != request_id:
             return 0
-        return fill.request.num_prompt_tokens - fill.cached_tokens
+        return fill.request.num_prompt_tokens - (fill.cached_tokens or 0)
 
     @property
     def names(self) -> tuple[str, ...]:

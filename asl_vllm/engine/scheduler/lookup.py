@@ -124,7 +124,7 @@ class PrefixLookup:
         return plan.num_prompt_tokens - self._settings.config.window
 
     def _own_blocks(self, request: Request, plan: PrunePlan) -> int:
-        """Blocks of a band that its row takes while it is prefilled."""
+        """Blocks a manager that its row takes while it is prefilled."""
         return cdiv(request.num_tokens, self._settings.block_size) - plan.absent_blocks
 
     def _longest(self, request: Request, plan: PrunePlan) -> list[list[Any]]:

@@ -120,6 +120,7 @@ class PruningTally:
             "skipped_token_layers": 0,
             "computed_token_layers": 0,
             "reused_tokens": 0,
+            "filled_tokens": 0,
             "shared_prefills": 0,
         }
 
@@ -138,6 +139,7 @@ class PruningTally:
             self._interval.add_pruned(plan, report)
             self._interval.add_reuse(reuse)
             self.totals["requests"] += 1
+            self.totals["filled_tokens"] += report.filled_tokens
             self.totals["pruned_tokens"] += plan.in_force(report).pruned_tokens
 
     def shared(self, plan: PrunePlan, report: PrefillReport) -> None:

@@ -161,6 +161,7 @@ function showStats(stats) {
   say($("total-pruned"), whole.format(totals.pruned_tokens ?? 0));
   say($("total-skipped"), work ? percent.format(totals.skipped_token_layers / work) : "–");
   say($("total-reused"), whole.format(totals.reused_tokens ?? 0));
+  say($("total-filled"), whole.format(totals.filled_tokens ?? 0));
   say($("total-shared"), whole.format(totals.shared_prefills ?? 0));
 
   const several = stats.engines.length > 1;
@@ -397,6 +398,7 @@ function factsOf(reply, seconds) {
     ["Selection layer", cache.selection_layer ?? "none"],
     ["Token-layers skipped", count(cache.skipped_token_layers)],
     ["Read from prefix cache", count(cache.reused_tokens ?? 0)],
+    ["Filled there first", count(cache.filled_tokens ?? 0)],
     ["Policy", reply.kv_transfer_params?.policy ?? "none"],
   ];
   for (const [name, value] of rows) {
