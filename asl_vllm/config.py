@@ -237,7 +237,7 @@ class AslConfig:
                     "sliding window."
                 )
             changes["selection_layer"] = scored.index(self.selection_layer)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes) if changes else self
 
     def check_depth(self, num_layers: int) -> None:
         """Raises `ConfigError` for a layer that a model of ``num_layers`` has not."""
