@@ -43,7 +43,7 @@ class Asked:
 
     item: Item
     samples: int
-    reads: bool
+    reuse: str
     internal: str
     """The id that the engine gave it."""
     ended: dict[int, CompletionOutput] = field(default_factory=dict)
@@ -93,12 +93,14 @@ class Soak:
             if self._rng.random() < 0.3 and item.answer[place] >= 4:
                 item = item.stopped(place)
             samples = self._rng.choice((1, 1, 1, 3))
-            reads = item.budget is not None and self._rng.random() < 0.5
-            self._add(f"soak{self.report.asked.total()}", item, samples, reads)
+            reuse = self._rng.choice(("none", "none", "read", "fill"))
+            reuse = reuse if item.budget else "none"
+            self._add(f"soak{self.report.asked.total()}", item, samples, reuse)
             self.report.asked["pruned" if item.budget else "full attention"] += 1
             self.report.asked["to a stop string"] += item.stop is not None
             self.report.asked["of several samples"] += samples > 1
-            self.report.asked["reading prefixes"] += reads
+            self.report.asked["reading prefixes"] += reuse == "read"
+            self.report.asked["filling prefixes"] += reuse == "fill"
 
     def _choose(self) -> Item:
         """Often one of the next to the last: the same again, or one that begins so."""
@@ -108,7 +110,7 @@ class Soak:
         self._last = (self._last + step) % count
         return self._items[self._last]
 
-    def _add(self, name: str, item: Item, samples: int, reads: bool) -> None:
+    def _add(self, name: str, item: Item, samples: int, reuse: str) -> None:
         # vLLM refuses several samples at temperature 0. Of one token to choose from the
         # samples are equal too.
         greedy = {"temperature": 0} if samples == 1 else {"n": samples, "top_k": 1}
@@ -117,14 +119,11 @@ class Soak:
             max_tokens=MAX_TOKENS,
             ignore_eos=True,
             stop=item.stop,
-            extra_args={
-                "kv_budget": item.budget,
-                "kv_reuse": "read" if reads else "none",
-            },
+            extra_args={"kv_budget": item.budget, "kv_reuse": reuse},
         )
         prompt: Any = {"prompt_token_ids": list(item.prompt)}
         internal = self._host.llm.llm_engine.add_request(name, prompt, params)
-        self._live[name] = Asked(item, samples, reads, internal)
+        self._live[name] = Asked(item, samples, reuse, internal)
 
     def _step(self) -> None:
         self.report.steps += 1
@@ -160,7 +159,7 @@ class Soak:
             self.report.ended["right"] += right
         if not right:
             self.report.wrong.append(
-                f"{name}, sample {got.index}, reads {asked.reads}: budget "
+                f"{name}, sample {got.index}, reuse {asked.reuse}: budget "
                 f"{item.budget}, prompt of {len(item.prompt)}: {got.finish_reason} "
                 f"{said}, expected {item.answer}"
             )
@@ -172,7 +171,10 @@ class Soak:
             self.report.wrong.append(f"{asked.internal}: pruned {pruned}")
         if told and pruned:
             shared, read = told["shared_prefills"], told["reused_tokens"]
-            how = "from a twin" if shared else "over a prefix" if read else "alone"
+            filled = (
+                "over a filled prefix" if told["filled_tokens"] else "over a prefix"
+            )
+            how = "from a twin" if shared else filled if read else "alone"
             self.report.prefills[how] += 1
 
     def _rest(self) -> None:
@@ -268,7 +270,7 @@ class Soak:
         self._spared -= names
         plain = {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
         with patch.dict(os.environ, plain):
-            self._add(asked.internal, asked.item, asked.samples, asked.reads)
+            self._add(asked.internal, asked.item, asked.samples, asked.reuse)
 
     def _arm(self, model: Any) -> None:
         """The next pass, or the next sum of scores, fails once a fault is armed."""
