@@ -246,6 +246,31 @@ def test_evicted_before_it_is_read(host: Host) -> None:
     _to_the_end(host, "a")
 
 
+@pytest.mark.parametrize("order", ["fcfs", "priority"])
+def test_a_fill_is_the_next_in_the_queue(order: str) -> None:
+    host = _host(reuse="fill", engine={"scheduling_policy": order})
+    host.add("a")
+    _step(host)
+    host.add("other", budget=None, salt="other")
+    assert is_fill(host.scheduler.waiting.peek_request().request_id)
+    _until_filled(host)
+    _to_the_end(host, "a")
+
+
+def test_a_fill_that_comes_to_nothing(host: Host) -> None:
+    """Its prompt is pruned all the same, from scratch."""
+    host.add("a")
+    _step(host)
+    (fill,) = _fills(host)
+    assert host.scheduler.finish_requests(fill, RequestStatus.FINISHED_ERROR) == []
+    jobs, _ = _step(host)
+    assert jobs == {"a": 0}
+    _step(host, "a", report=dataclasses.replace(READ, reused_tokens=0))
+    _to_the_end(host)
+    assert _tally(host)["filled_tokens"] == 0
+    assert _tally(host)["reuse"] == {"miss": 1}
+
+
 def test_another_salt_shares_nothing(host: Host) -> None:
     host.add("a", salt="a")
     host.add("b", salt="b")

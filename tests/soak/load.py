@@ -171,10 +171,8 @@ class Soak:
             self.report.wrong.append(f"{asked.internal}: pruned {pruned}")
         if told and pruned:
             shared, read = told["shared_prefills"], told["reused_tokens"]
-            filled = (
-                "over a filled prefix" if told["filled_tokens"] else "over a prefix"
-            )
-            how = "from a twin" if shared else filled if read else "alone"
+            how = "from a twin" if shared else "over a prefix" if read else "alone"
+            how = "over a filled prefix" if told["filled_tokens"] else how
             self.report.prefills[how] += 1
 
     def _rest(self) -> None:
