@@ -23,7 +23,6 @@ class PrefillFactory:
     ) -> None:
         self.model = model
         self._scored = model.shape.scored_layers
-        self._counted = config.counted_in(self._scored)
         self.buffers = buffers
         self.config = config
         self.chunk_tokens = chunk_tokens
@@ -43,7 +42,7 @@ class PrefillFactory:
         with agreed(self.model):
             policy = make_policy(
                 job.policy,
-                self._counted,
+                self.config.counted_in(self._scored),
                 num_layers=len(self._scored),
                 kept_tokens=job.kept_tokens,
             )
