@@ -273,6 +273,20 @@ def test_a_fill_that_comes_to_nothing(host: Host) -> None:
     assert _tally(host)["reuse"] == {"miss": 1}
 
 
+def test_a_client_may_call_its_request_like_a_fill(host: Host) -> None:
+    host.add("a")
+    _step(host)
+    (fill,) = _fills(host)
+    name = f"asl-fill-{fill[-4:]}"
+    host.add(name, budget=None, tokens=20, max_tokens=2, salt="other")
+    heard = 0
+    while name in host.scheduler.requests:
+        host.step()
+        heard += sum(part.request_id == name for part in host.outputs)
+        assert fill not in {part.request_id for part in host.outputs}
+    assert heard == 2
+
+
 def test_another_salt_shares_nothing(host: Host) -> None:
     host.add("a", salt="a")
     host.add("b", salt="b")
