@@ -71,7 +71,9 @@ def _template() -> Template:
     """This process's, made when it is first needed; ends with it."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "asl_vllm_testing.template", str(theirs.fileno())]
-    process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    # Imports begin no threads then, which a fork would lose.
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=alone)
     theirs.close()
 
     def end() -> None:
