@@ -130,9 +130,11 @@ class Fills:
         """Fills that have not ended."""
         return tuple(self._alive)
 
-    def for_clients(self, those: Sequence[_Named]) -> list[_Named]:
+    def for_clients(self, those: list[_Named]) -> list[_Named]:
         """Outputs, or requests, that are no fills'."""
         ours = self._alive.keys() | self._just_ended
+        if not ours:
+            return those
         return [one for one in those if one.request_id not in ours]
 
     def on_told(self, scheduler: Scheduler) -> None:
